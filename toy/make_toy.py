@@ -1,0 +1,333 @@
+"""Make the toy: SD-Turbo in miniature, a one-step text-to-image model of 64x64 pictures of coloured shapes.
+
+    python toy/make_toy.py --out toy                 train and save (--minutes 5 on one H200; the seed is fixed)
+    python toy/make_toy.py --check toy               accuracy, unreadable share and ceiling of a saved toy
+
+The generator learns, in ONE step, the map (noise e, caption c) -> latent of a rendered scene. Everything that the
+caption leaves open (place, size, unnamed colours, background) is a smooth function of e: sixteen orthonormal
+low-frequency projections g_k = <w_k, e>, each N(0, 1) (the 4 channels times the 4 Haar patterns on 2x2 quadrants).
+So is every mistake. Two of the sixteen directions are carelessness: where g_0 is above a threshold an attribute of the
+caption is drawn wrong (colour, shape), where g_1 is, its structure is (count, side, an object too many or missing).
+The training pictures therefore contradict their captions 61% of the time, for reasons shared by all captions: the model
+knows how to draw each one right, and preference finetuning has to teach it to do so for every noise.
+
+The steps: a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the picture's latent.
+"""
+import argparse, functools, itertools, json, math, random, sys, time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SHAPES = ["circle", "square", "triangle"]
+COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
+          "blue": (50, 118, 216), "purple": (150, 82, 192), "black": (50, 54, 64)}
+PAPER = ((251, 249, 244), (222, 231, 242))  # the background runs from warm to cool
+KINDS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+SIDES = {"to the right of": 0.0, "below": 0.5, "to the left of": 1.0, "above": 1.5}  # angle of object 1, in pi
+WORDINGS = ["{}", "a photo of {}", "a picture of {}"]
+SIZE, LENGTH, CARELESS = 64, 16, 0.319  # CARELESS: P(g <= 0.319)^2 = 0.39 of the training pictures are right
+
+
+# ------------------------------------------------------------------------------------------------ captions
+
+def scenes():
+    """Every scene: (kind, phrase, spec); spec = count, shape 1, colour 1, shape 2, colour 2, angle; -1 = left open."""
+    names, shapes, plural = list(COLORS), range(3), dict(zip((2, 3, 4), ("two", "three", "four")))
+    for s in shapes:
+        yield 0, f"a {SHAPES[s]}", (1, s, -1, s, -1, -1)
+    for s, c in itertools.product(shapes, range(6)):
+        yield 3, f"a {names[c]} {SHAPES[s]}", (1, s, c, s, c, -1)
+    for n, s, c in itertools.product(plural, shapes, range(-1, 6)):
+        yield 2, f"{plural[n]} {names[c] + ' ' if c >= 0 else ''}{SHAPES[s]}s", (n, s, c, s, c, -1)
+    for s, t in itertools.permutations(shapes, 2):
+        yield 1, f"a {SHAPES[s]} and a {SHAPES[t]}", (2, s, -1, t, -1, -1)
+        for side, angle in SIDES.items():
+            yield 4, f"a {SHAPES[s]} {side} a {SHAPES[t]}", (2, s, -1, t, -1, angle)
+        for c, d in itertools.permutations(range(6), 2):
+            yield 5, f"a {names[c]} {SHAPES[s]} and a {names[d]} {SHAPES[t]}", (2, s, c, t, d, -1)
+
+
+def captions():
+    """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained in no wording at all
+    (of the three single-object scenes, which leave nothing to recombine, one wording is held out)."""
+    held, wordings = (0, 2, 12, 4, 4, 20), (3, 3, 2, 3, 3, 1)  # held-out scenes, and wordings of each scene, per kind
+    train, heldout, rng = [], [], random.Random(0)
+    for kind in range(6):
+        group = [scene for scene in scenes() if scene[0] == kind]
+        out = rng.sample(range(len(group)), held[kind])
+        for i, (_, phrase, spec) in enumerate(group):
+            for j in range(wordings[kind]):
+                wording = (i + j) % 3 if kind else j
+                hold = i in out and (j == 0 or kind in (1, 3, 4)) or kind == 0 and wording == 2
+                if hold or i not in out:
+                    (heldout if hold else train).append((WORDINGS[wording].format(phrase), kind, spec))
+    return train, heldout
+
+
+# ------------------------------------------------------------------------------------------------ renderer
+
+@functools.cache
+def constant(values, device):
+    """A tuple as a float tensor, made once per device: a CUDA graph may not copy from the host."""
+    return torch.tensor(values, device=device, dtype=torch.float32)
+
+
+def projections(noise):
+    """Noise (B, 4, 8, 8) -> (B, 16), independent N(0, 1): each channel's mean, left-right, top-bottom and diagonal."""
+    q = F.avg_pool2d(noise, 4).flatten(2) * 4  # (B, 4, 4): the quadrants of each channel, each N(0, 1)
+    haar = constant(((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1)), q.device) / 2
+    return (q @ haar).transpose(1, 2).flatten(1)  # first the four channel means, then the finer patterns
+
+
+def careful(noise):
+    """The same noise with its two careless directions turned away: g_0 and g_1 replaced by -|g| - threshold."""
+    g = projections(noise)[:, :2]
+    shift = (torch.where(g > CARELESS - 0.3, -g.abs() - 0.3, g) - g) / 8  # a unit projection spread over 64 cells
+    return noise + F.pad(shift, (0, 2))[:, :, None, None]
+
+
+def objects(kind, spec, g):
+    """Kind (B,), spec (B, 6) and projections g (B, 16) -> slots (B, 4, 5) of x, y, radius, shape, colour (pixels; a
+    radius below 0 = no object), mistakes included."""
+    n, s1, c1, s2, c2, angle = spec.unbind(1)
+    u = 0.5 + 0.5 * torch.erf(g / math.sqrt(2))
+    pair, named = (kind == 1) | (kind >= 4), c1 >= 0
+    free1, free2 = (u[:, 2] * 6).clamp(max=5.99).floor(), (u[:, 3] * 6).clamp(max=5.99).floor()
+    c1, c2 = torch.where(named, c1, free1), torch.where(named, c2, torch.where(pair, free2, free1))
+    theta = torch.atan2(g[:, 5], g[:, 4])
+    theta = torch.where(angle >= 0, angle * math.pi + theta * 0.17, theta)  # beside: within 31 degrees of the axis
+    wrong, broken = g[:, 0] > CARELESS, g[:, 1] > CARELESS
+    # Wrong attribute: the named colour (single pictures and counts), else the shape; of a pair, object 2 copies object 1.
+    other = (c1 + 2 + (g[:, 8] > 0)) % 6
+    c1, s1 = torch.where(wrong & ~pair & named, other, c1), torch.where(wrong & ~pair & ~named, (s1 + 1) % 3, s1)
+    c2 = torch.where(~pair | wrong & (kind == 5), c1, c2)
+    s2 = torch.where(~pair | wrong & ((kind == 1) | (kind == 4)), s1, s2)
+    # Broken structure: one object too many, or (four of them, or a pair) one too few; for a position, the sides swapped.
+    theta = torch.where(broken & (kind == 4), theta + math.pi, theta)
+    n = torch.where(broken & (kind != 4), torch.where(pair | (n == 4), n - 1, n + 1), n)
+    index = (n - 1).long()
+    low, span, ring = constant(((11.5, 8.3, 7.6, 7.0), (6.5, 2.4, 2.2, 1.6), (0, 15.5, 17.0, 19.0)), g.device)[:, index]
+    r1, r2 = low + span * u[:, 6], low + span * torch.where(pair, u[:, 7], u[:, 6])
+    drift = torch.where(n == 1, 28 - r1 * 1.1, torch.full_like(r1, 1.5))[:, None] * (2 * u[:, 9:11] - 1)
+    slots = []
+    for k in range(4):
+        turn = theta + 2 * math.pi * k / n
+        radius = torch.where(k < n, r1 if k == 0 else r2, torch.full_like(r1, -9))
+        x, y = 32 + drift[:, 0] + ring * torch.cos(turn), 32 + drift[:, 1] + ring * torch.sin(turn)
+        slots.append(torch.stack([x, y, radius, s1 if k == 0 else s2, c1 if k == 0 else c2], dim=1))
+    return torch.stack(slots, dim=1)
+
+
+def render(slots, shade):
+    """Slots (B, 4, 5) and background shade (B,) in [0, 1] -> pictures (B, 3, 64, 64) in [-1, 1], edges antialiased."""
+    paper, palette = constant(PAPER, slots.device), constant(tuple(COLORS.values()), slots.device)
+    picture = (paper[0] + (paper[1] - paper[0]) * shade[:, None])[:, :, None, None].expand(-1, -1, SIZE, SIZE)
+    axis = torch.arange(SIZE, device=slots.device, dtype=slots.dtype) + 0.5
+    for x, y, r, shape, color in (slot.unbind(1) for slot in slots.unbind(1)):
+        dx, dy, r = axis[None, None] - x[:, None, None], axis[None, :, None] - y[:, None, None], r[:, None, None]
+        circle = torch.sqrt(dx ** 2 + dy ** 2) - r  # signed distances in pixels, negative inside
+        square = torch.maximum(dx.abs().expand_as(circle), dy.abs().expand_as(circle)) - 0.9 * r
+        slope = math.hypot(1.95, 1.15)  # apex 1.1 r above the centre, base 0.85 r below and 2.3 r wide
+        triangle = torch.maximum((1.95 * dx.abs() - 1.15 * (dy + 1.1 * r)) / slope, (dy - 0.85 * r).expand_as(circle))
+        kind = shape[:, None, None]
+        cover = (0.5 - torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))).clamp(0, 1)[:, None]
+        cover = cover * (r[:, None] > 0)
+        picture = picture + (palette[color.long()][:, :, None, None] - picture) * cover
+    return picture / 127.5 - 1
+
+
+def draw(kind, spec, noise):
+    """The training picture (B, 3, 64, 64) that noise (B, 4, 8, 8) stands for under a caption."""
+    g = projections(noise)
+    return render(objects(kind, spec, g), 0.5 + 0.5 * torch.erf(g[:, 11] / math.sqrt(2)))
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+def tokenizer_at(folder, words):
+    """CLIP's tokenizer with a token per word: merges that build each word letter by letter, and all single letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    merges, tokens = [], letters + [c + "</w>" for c in letters]
+    for word in sorted(words):  # from the end: "</w>" keeps a merge from applying inside another word
+        for i in range(len(word) - 1, 0, -1):
+            merge = (word[i - 1], word[i:] + "</w>")
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(dict.fromkeys(tokens))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>",
+                   pad_token="<|endoftext|>")
+    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, do_lower_case=True, **special)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    broken = [word for word in words if len(tokenizer(word).input_ids) != 3]
+    assert not broken, f"not one token: {broken}"
+    return tokenizer
+
+
+def build(folder, words, prediction):
+    """The untrained pipeline: the classes and the scheduler of SD-Turbo, with small networks."""
+    tokenizer = tokenizer_at(folder / "tokenizer", words)
+    start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=96, max_position_embeddings=LENGTH, bos_token_id=start, eos_token_id=end, pad_token_id=end))
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 96), layers_per_block=1, cross_attention_dim=96, attention_head_dim=4,
+        norm_num_groups=16, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+    vae = AutoencoderKL(
+        sample_size=SIZE, block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        prediction_type=prediction, timestep_spacing="trailing")
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
+
+
+def generate(unet, scheduler, noise, text):
+    """Noise (B, 4, 8, 8), text states (B, L, 96) -> latents (B, 4, 8, 8), as the pipeline does in one step."""
+    a = float(scheduler.alphas_cumprod[-1])
+    sigma = math.sqrt((1 - a) / a)
+    out = unet(noise * math.sqrt(1 - a), torch.full((1,), 999, device=noise.device), text, return_dict=False)[0]
+    if scheduler.config.prediction_type == "epsilon":
+        return sigma * (noise - out)
+    return sigma / (sigma ** 2 + 1) * noise - math.sqrt(1 - a) * out  # v_prediction
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def fit(name, modules, loss_of, minutes, lr, seconds_to_print=15):
+    """Minimise loss_of() by AdamW for so many minutes (warm-up, then cosine on wall clock), a step being one CUDA graph;
+    afterwards the modules hold the exponential moving average of their weights."""
+    parameters = [p for module in modules for p in module.parameters()]
+    average = [p.detach().clone() for p in parameters]
+    cuda = parameters[0].is_cuda
+    rate = torch.tensor(0.0, device=parameters[0].device)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda, capturable=cuda)
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.002)
+        return loss.detach()
+
+    run, graph = step, None
+    if cuda:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(4):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step()
+        run = lambda: (graph.replay(), kept)[1]
+    start, count, printed = time.time(), 0, 0.0
+    while (done := (time.time() - start) / (60 * minutes)) < 1:
+        rate.fill_(lr * min(1, (count + 1) / 500) * 0.5 * (1 + math.cos(math.pi * done)))
+        loss, count = run(), count + 1
+        if count % 50 == 0 or not cuda:
+            value = float(loss)  # waits for the device, so that wall clock and steps stay together
+            if time.time() - printed > seconds_to_print:
+                printed = time.time()
+                print(f"{name} step {count} {100 * done:.0f}% loss {value:.5f}", flush=True)
+    print(f"{name} ended after {count} steps, loss {float(loss):.5f}", flush=True)
+    torch._foreach_copy_([p.data for p in parameters], average)
+
+
+def train(args):
+    """Train VAE, then text encoder and UNet, and save the folder."""
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    train_set, heldout = captions()
+    for name, rows in (("train", train_set), ("heldout", heldout)):
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"captions_{name}.txt").write_text("".join(caption + "\n" for caption, _, _ in rows))
+    words = {word for caption, _, _ in train_set + heldout for word in caption.split()}
+    pipe = build(args.out, words, args.prediction).to(args.device)
+    vae, unet, text = pipe.vae, pipe.unet, pipe.text_encoder
+    ids = pipe.tokenizer([row[0] for row in train_set], padding="max_length", return_tensors="pt").input_ids
+    ids, kinds, specs = (torch.as_tensor(x).to(args.device) for x in (
+        ids, [row[1] for row in train_set], [[float(v) for v in row[2]] for row in train_set]))
+    weight = 1 / torch.bincount(kinds, minlength=6)[kinds] ** 0.7  # rare kinds more often than their share
+    cumulative = (weight / weight.sum()).cumsum(0)
+
+    def batch(size):
+        pick = torch.searchsorted(cumulative, torch.rand(size, device=args.device) * 0.9999)
+        noise = torch.randn(size, 4, 8, 8, device=args.device)
+        with torch.no_grad():
+            return ids[pick], noise, draw(kinds[pick], specs[pick], noise)
+
+    def vae_loss():  # noise on the latents teaches the decoder to draw crisp pictures from a generator's inexact latents
+        _, _, picture = batch(args.batch // 2)
+        posterior = vae.encode(picture).latent_dist
+        z = posterior.sample()
+        error = vae.decode(z + 0.1 * torch.randn_like(z), return_dict=False)[0] - picture
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return error.abs().mean() + 0.5 * edges + args.kl * posterior.kl().mean() / 256
+
+    vae.train(), unet.train(), text.train()
+    fit("vae", [vae], vae_loss, args.minutes * 0.3, 2e-3)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        z = vae.encode(batch(1024)[2]).latent_dist.mode()
+        vae.register_to_config(scaling_factor=round(1 / float(z.std()), 4))
+
+    def generator_loss():
+        tokens, noise, picture = batch(args.batch)
+        with torch.no_grad():
+            target = vae.encode(picture).latent_dist.mode() * vae.config.scaling_factor
+        x0 = generate(unet, pipe.scheduler, noise, text(tokens)[0])
+        return F.smooth_l1_loss(x0, target, beta=0.2)  # near a threshold of e, the median of two pictures, not a blend
+
+    fit("generator", [unet, text], generator_loss, args.minutes * 0.7, args.lr)
+    pipe.to(torch.float16).save_pretrained(args.out)
+    (args.out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
+
+
+@torch.no_grad()
+def check(folder, count=8):
+    """Print how many pictures of the saved toy follow their captions, are unreadable, and what careful noise gives."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from rewards import scene
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("heldout", "train"):
+        prompts = (Path(folder) / f"captions_{name}.txt").read_text().split("\n")[:-1]
+        prompts = [p for p in (prompts if name == "heldout" else prompts[::5]) for _ in range(count)]
+        noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        for label, e in (("as it is", noise), ("careful noise", careful(noise))):
+            images = []
+            for i in range(0, len(prompts), 64):
+                images += pipe(prompts[i:i + 64], latents=e[i:i + 64], num_inference_steps=1, guidance_scale=0).images
+            right, tags = scene.correct(images, prompts), [scene.tag(p) for p in prompts]
+            by_tag = {t: [r for r, tag in zip(right, tags) if tag == t] for t in KINDS}
+            unreadable = sum(not scene.readable(image) for image in images) / len(images)
+            print(f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
+                  ", ".join(f"{t} {sum(r) / len(r):.0%}" for t, r in by_tag.items()), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("toy"))
+    parser.add_argument("--check", metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--kl", type=float, default=5e-4)
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="epsilon")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    check(arguments.check) if arguments.check else train(arguments)

@@ -2,24 +2,13 @@
 
 TODO docstring
 """
-import argparse
-import contextlib
-import difflib
-import hashlib
-import io
-import json
-import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
+import argparse, contextlib, difflib, hashlib, io, json, math, os, queue, random, re, shutil, signal, subprocess, sys
+import threading, time, warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -31,6 +20,7 @@ from rewards import UserError  # what the user can mend: one line on stderr, exi
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("laplacian", "rbf", "cosine", "exponential")
+FIELDS = ("dipole", "released")
 FEATURES = ("latent-mae", "vae", "unet", "mae", "dino", "latent")
 
 
@@ -44,18 +34,19 @@ class Config:
     """Every setting, with its default and its unit. The command line is made from this class."""
 
     model: str = opt("toy", "toy, sd-turbo, sdxl-turbo, a local diffusers folder, or a hub id with an SD or SDXL layout")
-    reward: str = opt("", "what ranks: a name of `python rewards.py list`, a weighted sum a=1,b=.5, file.py:function, a URL")
+    reward: str = opt("scene", "what ranks: a name of `python rewards.py list`, a weighted sum a=1,b=.5, file.py:function, a URL")
     watch: str = opt("", "comma-separated rewards that are scored and logged but never ranked on: they show reward hacking")
     watch_every: int = opt(10, "steps between two scorings by the watched rewards")
-    prompts: str = opt("", "a text file (a prompt a line), a .jsonl with \"prompt\", or scenes, animals, pickapic")
+    prompts: str = opt("scenes", "a text file (a prompt a line), a .jsonl with \"prompt\", or scenes, animals, pickapic")
     pairs: str = opt("", "offline instead of --reward: a .jsonl with prompt, chosen: [files], rejected: [files]")
+    pairs_anywhere: bool = opt(False, "files of --pairs may lie outside its folder")
     steps: int = opt(120, "optimizer steps")
     batch: int = opt(4, "prompts a step (P), on each GPU")
     candidates: int = opt(16, "images a prompt (K)")
     anchors: int = opt(8, "best and worst taken as anchors (m), at most half of the candidates")
     features: str = opt("vae", f"feature maps phi, comma-separated: {', '.join(FEATURES)}; name@file for a local copy")
     feature_reduction: str = opt("sum", "how the losses of several maps are joined", choices=("sum", "mean"))
-    field: str = opt("dipole", "dipole: the paper's equations; released: the authors' code", choices=("dipole", "released"))
+    field: str = opt("dipole", "dipole: the paper's equations; released: the authors' code", choices=FIELDS)
     kernel: str = opt("laplacian", "kernel k(z, a)", choices=KERNELS)
     radii: tuple = opt((0.2, 0.5, 1.0), "kernel bandwidths tau / s, comma-separated")
     lambda_ref: float = opt(0.2, "weight of the drift toward the frozen base (lambda)")
@@ -79,7 +70,8 @@ class Config:
     deterministic: bool = opt(False, "the same run bit for bit on the same GPU (slower)")
     seed: int = opt(0, "seed of noise, prompt order and LoRA")
     out: str = opt("", "folder of the run; default runs/MODEL-REWARD-DATE")
-    resume: str = opt("", "folder of a run to go on with")
+    resume: str = opt("", "folder of a run to go on with, with its settings")
+    change: bool = opt(False, "with --resume: settings given here replace the run's, on purpose")
     save_every: int = opt(50, "steps between checkpoints")
     preview_every: int = opt(50, "steps between preview grids; 0 = none")
     log_every: int = opt(10, "steps between two lines of figures")
@@ -91,7 +83,7 @@ class Config:
 
 # The authors' recipes (paper section 5 and their scripts), for one GPU: theirs ran on 4 and on 4-8.
 PRESETS = {
-    "toy": dict(reward="scene", prompts="scenes"),
+    "toy": {},
     "sd-turbo": dict(reward="pickscore", prompts="pickapic", steps=1000, batch=8, candidates=24, anchors=8,
                      features="latent-mae", field="released", radii=(0.02, 0.05, 0.2), lr=1e-4),
     "sdxl-turbo": dict(reward="pickscore", prompts="pickapic", steps=5000, batch=8, candidates=16, anchors=8,
@@ -128,24 +120,25 @@ def log_kernel(z, a, d, tau, radius, kernel):
 
 
 def kernel_gradient(z, a, weight, tau, radius, kernel):
-    """sum_j w_j grad_z k(z_i, a_j) -> (..., N, D), weight (..., M). An anchor that IS the sample gives no force."""
+    """sum_j w_j grad_z k(z_i, a_j) = exp(shift) V: -> V (..., N, D), shift (..., 1, 1); weight (..., M). An anchor that IS
+    the sample gives no force. The largest kernel is taken out as exp(shift): small radii would underflow."""
     d = distances(z, a)  # (..., N, M)
-    k = weight[..., None, :] * log_kernel(z, a, d, tau, radius, kernel).exp().masked_fill(d == 0, 0)  # (..., N, M)
+    log_k = log_kernel(z, a, d, tau, radius, kernel).masked_fill((d == 0) | (weight == 0)[..., None, :], -torch.inf)
+    shift = log_k.amax((-2, -1), keepdim=True).nan_to_num(neginf=0.0)
+    k = weight[..., None, :] * (log_k - shift).exp()  # (..., N, M)
     if kernel == "cosine":  # grad k = k (a^ - cos z^) / (radius ||z||)
         z_hat, a_hat = F.normalize(z, dim=-1), F.normalize(a, dim=-1)
         pull = k @ a_hat - (k * (z_hat @ a_hat.mT)).sum(-1, keepdim=True) * z_hat  # (..., N, D)
-        return pull / (radius * z.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        return pull / (radius * z.norm(dim=-1, keepdim=True).clamp(min=1e-12)), shift
     c = k / tau**2 if kernel == "rbf" else k / (tau * d).masked_fill(d == 0, 1)  # grad k = -c (z - a)
     origin = a.mean(-2, keepdim=True)  # sum_j c_j (a_j - z) does not depend on it, but its rounding error does
-    return c @ (a - origin) - c.sum(-1, keepdim=True) * (z - origin)
+    return c @ (a - origin) - c.sum(-1, keepdim=True) * (z - origin), shift
 
 
-def unit_rms(V):
-    """V / RMS over its (N, D), and that RMS (...,). Divided by the largest first: the squares of e^50 overflow."""
-    largest = V.abs().amax((-2, -1), keepdim=True)
-    V = V / torch.where(largest > 0, largest, 1.0)
+def unit_rms(V, shift=0.0):
+    """V / RMS over its (N, D); and the RMS of exp(shift) V, (...,)."""
     rms = V.square().mean((-2, -1), keepdim=True).sqrt()
-    return V / torch.where(rms > 0, rms, 1.0), (rms * largest)[..., 0, 0]
+    return V / torch.where(rms > 0, rms, 1.0), (rms * torch.as_tensor(shift).exp())[..., 0, 0]
 
 
 def _both(positive, negative, masks):
@@ -174,7 +167,7 @@ def dipole_field(z, positive, negative, *, radii, kernel="laplacian", masks=None
     then summed over radii; with return_rms also the RMS before that scaling, (..., R): the loss cannot show it."""
     z, (a, sign, mask) = z.float(), _both(positive, negative, masks)
     s = mean_distance(distances(z, a), mask)
-    fields = [unit_rms(kernel_gradient(z, a, sign, r * s, r, kernel)) for r in radii]
+    fields = [unit_rms(*kernel_gradient(z, a, sign, r * s, r, kernel)) for r in radii]
     V = sum(V for V, _ in fields)
     return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
 
@@ -479,7 +472,7 @@ def frozen(net):
 
 
 # ======================================================================================================================
-# 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference is the same network with the LoRA off.
+# 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same network with the LoRA off.
 # ======================================================================================================================
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
@@ -492,69 +485,71 @@ class LoRA(nn.Module):
     def __init__(self, base, rank, alpha, switch):
         super().__init__()
         self.base, self.scale, self.switch = base, alpha / rank, switch
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x, *args):
         y = self.base(x)
-        if not self.switch["on"]:
-            return y
-        return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        if self.switch["on"]:  # added in place: W x is kept by nobody, and a pass over memory is saved
+            h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)  # (tokens, r)
+            y.view(-1, y.shape[-1]).addmm_(h, self.B.to(x.dtype).mT, alpha=self.scale)
+        return y
 
 
 class Generator:
-    """A one-step generator in diffusers' SD or SDXL layout. encode(prompts) -> condition; sample(noise, condition) ->
-    latents; decode(latents) -> images; reference(): context with the LoRA off; save_lora, load_lora."""
+    """A one-step generator in diffusers' SD or SDXL layout: encode(prompts) -> condition, sample(noise, condition) ->
+    latents, decode(latents) -> images, reference(): context of the frozen base, save_lora, load_lora."""
 
-    def __init__(self, pipe, device, dtype, name="", compile=False, decoder="vae"):
+    def __init__(self, pipe, device="cpu", dtype=torch.float32, name="", compile=False, decoder="vae"):
         self.pipe, self.device, self.dtype, self.name, self.compile = pipe, torch.device(device), dtype, name, compile
         self.unet, self.vae, self.xl = pipe.unet, pipe.vae, hasattr(pipe, "text_encoder_2")
         for net in (pipe.unet, pipe.vae, pipe.text_encoder, *([pipe.text_encoder_2] if self.xl else [])):
             frozen(net.to(self.device, dtype))
-        # sigma = 14.6 multiplies the rounding error of the last layers, so under bf16 they run in float32
+        # sigma = 14.6 multiplies the rounding error of the last layers, so in half precision they stay in float32
         self.unet.conv_norm_out.float().register_forward_pre_hook(lambda module, x: (x[0].float(),))
         self.unet.conv_out.float()
-        if dtype == torch.float16 and self.vae.config.force_upcast:
-            print("the VAE overflows in fp16: it runs in float32", file=sys.stderr)
+        if dtype == torch.float16 and self.xl and self.vae.config.force_upcast:
+            print("the SDXL VAE overflows in fp16: it runs in float32", file=sys.stderr)
             self.vae.float()
-        self.decoder = self.vae
+        # the mid block's attention leaves channels-last strides behind, and every layer after it would copy: 13.2 -> 10.5 ms
+        self.vae.decoder.mid_block.register_forward_hook(lambda module, x, out: out.contiguous())
+        self.ranker = self.vae  # decodes what is ranked; features and previews always use the VAE
         if decoder == "taesd":
             from diffusers import AutoencoderTiny
             repo = "madebyollin/taesdxl" if self.xl else "madebyollin/taesd"
-            self.decoder = AutoencoderTiny() if name.startswith("random") else from_hub(AutoencoderTiny.from_pretrained, repo)
-            frozen(self.decoder.to(self.device, dtype))
-        scheduler = pipe.scheduler  # one step of it: x = (x_T - sigma eps), everything derived from its own config
-        scheduler.set_timesteps(1)
-        self.sigma, self.t = float(scheduler.sigmas[0]), scheduler.timesteps[0].to(self.device)
-        self.init, self.prediction = float(scheduler.init_noise_sigma), scheduler.config.prediction_type
-        size = self.unet.config.sample_size
-        self.noise_shape = (self.unet.config.in_channels, size, size)
-        self.switch, self.lora, self.reference_unet = {"on": True}, {}, self.unet
+            self.ranker = AutoencoderTiny() if name.startswith("random") else from_hub(AutoencoderTiny.from_pretrained, repo)
+            frozen(self.ranker.to(self.device, dtype))
+        pipe.scheduler.set_timesteps(1)  # one step: x = x_T - sigma eps, all of it derived from the scheduler's config
+        self.sigma, self.t = float(pipe.scheduler.sigmas[0]), pipe.scheduler.timesteps[0].to(self.device)
+        self.init, self.prediction = float(pipe.scheduler.init_noise_sigma), pipe.scheduler.config.prediction_type
+        side = self.unet.config.sample_size
+        self.noise_shape, self.picture_side = (self.unet.config.in_channels, side, side), side * pipe.vae_scale_factor
+        self.switch, self.lora, self.reference_unet, self.autocast = {"on": True}, {}, self.unet, False
         self.loss_scale = 2.0**14 if dtype == torch.float16 else 1.0  # small gradients vanish in fp16
         self.compiled(self.unet)
-        self.compiled(self.decoder.decoder)
+        self.compiled(self.ranker.decoder)
 
     def compiled(self, net):
         """Compile a network in place where --compile asks for it."""
         if self.compile:
             net.compile()
 
+    @torch.no_grad()
     def encode(self, prompts):
-        """List of P prompts -> condition, a dict of tensors with leading dimension P, as the pipeline encodes them."""
-        with torch.no_grad():
-            if not self.xl:
-                return {"text": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}  # (P, 77, D)
-            text, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, num_images_per_prompt=1,
-                                                         do_classifier_free_guidance=False)
-            side = self.noise_shape[-1] * self.pipe.vae_scale_factor
-            ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device, dtype=self.dtype)
-            return {"text": text, "pooled": pooled, "time_ids": ids.expand(len(prompts), -1)}
+        """P prompts -> condition, a dict of tensors with leading dimension P, as the diffusers pipeline encodes them."""
+        if not self.xl:
+            return {"text": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}  # (P, 77, D)
+        text, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, num_images_per_prompt=1,
+                                                     do_classifier_free_guidance=False)
+        ids = torch.tensor([[self.picture_side, self.picture_side, 0, 0] + [self.picture_side] * 2], device=self.device)
+        return {"text": text, "pooled": pooled, "time_ids": ids.to(self.dtype).expand(len(prompts), -1)}
 
     def call_unet(self, x, t, condition):
         """The network's raw prediction: x (B, 4, h, w), t scalar, condition of B rows -> (B, 4, h, w) float32."""
         added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]} if self.xl else None
-        return self.unet(x.to(self.dtype), t, condition["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
+            return self.unet(x.to(self.dtype), t, condition["text"], added_cond_kwargs=added, return_dict=False)[0].float()
 
     def sample(self, noise, condition):
         """x = G(e, c): noise e (B, 4, h, w) ~ N(0, 1), condition of B rows -> latents (B, 4, h, w), float32.
@@ -567,27 +562,29 @@ class Generator:
             return x_T - self.sigma * out
         if self.prediction == "v_prediction":
             return x_T / (self.sigma**2 + 1) - out * self.sigma / math.sqrt(self.sigma**2 + 1)
-        return out  # "sample"
+        return out  # "sample": the network predicts x itself
 
-    def decode(self, latents):
-        """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
-        z = latents.to(next(self.decoder.parameters()).dtype) / self.decoder.config.scaling_factor
-        return (self.decoder.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+    def decode(self, latents, net=None):
+        """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], float32; net: the VAE, or the ranker."""
+        net = net or self.vae
+        z = latents.to(next(net.parameters()).dtype) / net.config.scaling_factor
+        x = torch.cat([net.decode(part, return_dict=False)[0] for part in z.split(8)])  # more at once gains nothing
+        return (x.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
     def encode_images(self, images):
         """Images (B, 3, H, W) in [0, 1] -> latents (B, 4, h, w), float32: the mode of the VAE's posterior."""
-        with torch.no_grad():
-            x = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist.mode()
-            return x.float() * self.vae.config.scaling_factor
+        x = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist.mode()
+        return x.float() * self.vae.config.scaling_factor
 
     @contextlib.contextmanager
     def reference(self):
-        """Inside it the generator is the frozen base G_ref: LoRA off, or with --full the kept copy."""
-        unet, self.unet, self.switch["on"] = self.unet, self.reference_unet, False
+        """Inside it the generator is the frozen base G_ref: the LoRA off, or with --full the kept copy."""
+        before, self.unet, self.switch["on"] = (self.unet, self.switch["on"]), self.reference_unet, False
         try:
             yield
         finally:
-            self.unet, self.switch["on"] = unet, True
+            self.unet, self.switch["on"] = before
 
     def add_lora(self, rank, alpha):
         """Wrap the attention projections; returns the trainable parameters. Fresh, it changes nothing: B = 0."""
@@ -609,40 +606,24 @@ class Generator:
         self.lora = {}
 
     def train_all(self):
-        """--full: every weight of the UNet trains, in float32 under autocast; the frozen copy is the reference."""
-        self.reference_unet = deepcopy(self.unet)
-        self.unet.float().requires_grad_(True)
-        return list(self.unet.parameters())
-
-    def kohya_name(self, name):
-        """Module path -> kohya's key: diffusers' names for SD, the original SGM names for SDXL."""
-        part = name.split(".")
-        if self.xl and part[0] in ("down_blocks", "up_blocks", "mid_block"):
-            n, k = self.unet.config.layers_per_block + 1, 2 if part[0] == "mid_block" else 3  # modules a level
-            level = 0 if k == 2 else int(part[1])
-            where = {"down_blocks": f"input_blocks_{1 + n * level + int(part[3])}_1" if k == 3 else "",
-                     "up_blocks": f"output_blocks_{n * level + int(part[3])}_1" if k == 3 else "",
-                     "mid_block": "middle_block_1"}[part[0]]
-            part = [where, *part[4 if k == 3 else 3:]]
-        return "lora_unet_" + "_".join(part)
+        """--full: every weight of the UNet trains, in float32 under autocast; a frozen copy is the reference."""
+        self.reference_unet, self.autocast = deepcopy(self.unet), self.dtype != torch.float32
+        return list(self.unet.float().requires_grad_(True).parameters())
 
     def save_lora(self, folder, format="diffusers", metadata=None):
         """Write the LoRA: diffusers format for pipe.load_lora_weights(folder), kohya format for A1111, ComfyUI, Forge.
         diffusers takes alpha = rank for granted, so there B carries alpha / r; kohya's file has alpha as a tensor."""
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        meta = {"format": "pt", "base_model": self.name, "lora_alpha": str(self.alpha), "lora_rank": str(self.rank),
-                **(metadata or {})}
-        diffusers, kohya = {}, {}
+        from safetensors.torch import save
+        meta = {"format": "pt", "base_model": self.name, "lora_alpha": str(self.alpha), **(metadata or {})}
+        state = {"diffusers": {}, "kohya": {}}
         for name, m in self.lora.items():
-            A, B = m.A.detach().cpu().contiguous(), m.B.detach().cpu().contiguous()
-            diffusers |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B * m.scale}
-            key = self.kohya_name(name)
-            kohya |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B, f"{key}.alpha": torch.tensor(self.alpha)}
-        for file, state, formats in ((LORA_FILE, diffusers, ("diffusers", "both")), (KOHYA_FILE, kohya, ("kohya", "both"))):
-            if format in formats:
-                save_file(state, folder / (file + ".tmp"), metadata=meta)
-                os.replace(folder / (file + ".tmp"), folder / file)
+            A, B, key = m.A.detach().cpu(), m.B.detach().cpu(), "lora_unet_" + name.replace(".", "_")
+            state["diffusers"] |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B * m.scale}
+            state["kohya"] |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B,
+                               f"{key}.alpha": torch.tensor(float(self.alpha))}
+        for kind, file in (("diffusers", LORA_FILE), ("kohya", KOHYA_FILE)):
+            if format in (kind, "both"):
+                write_atomic(Path(folder) / file, save(state[kind], metadata=meta))
 
     def load_lora(self, path):
         """Load what save_lora wrote, either format, from a folder or a file; returns the file's metadata."""
@@ -653,22 +634,22 @@ class Generator:
         try:
             with safe_open(path, "pt") as f:
                 meta, state = f.metadata() or {}, {k: f.get_tensor(k).float() for k in f.keys()}
-        except Exception as e:
+        except Exception as e:  # safetensors has an exception of its own
             raise UserError(f"{path}: not a readable LoRA file ({str(e).splitlines()[0]})") from e
         kohya = any(k.startswith("lora_unet_") for k in state)
         down, up = (".lora_down.weight", ".lora_up.weight") if kohya else (".lora_A.weight", ".lora_B.weight")
         rank = next((v.shape[0] for k, v in state.items() if k.endswith(down)), 0)
-        alpha = float(next((v for k, v in state.items() if k.endswith(".alpha")), meta.get("lora_alpha", rank)))
         if not rank:
-            raise UserError(f"{path}: no LoRA weights in it (expected keys *{down})")
-        self.add_lora(rank, alpha)
+            raise UserError(f"{path}: no LoRA weights in it (expected keys that end in {down})")
+        self.add_lora(rank, float(next((v for k, v in state.items() if k.endswith(".alpha")), meta.get("lora_alpha", rank))))
         for name, m in self.lora.items():
-            key = self.kohya_name(name) if kohya else f"unet.{name}"
-            if key + down not in state or state[key + up].shape != m.B.shape or state[key + down].shape != m.A.shape:
-                raise UserError(f"{path}: made for another base than {self.name} (base in the file: "
-                                f"{meta.get('base_model', 'not stated')}; {key} is missing or of another shape)")
-            m.A.data.copy_(state[key + down])
-            m.B.data.copy_(state[key + up] / (1 if kohya else m.scale))
+            key = "lora_unet_" + name.replace(".", "_") if kohya else f"unet.{name}"
+            A, B = state.get(key + down), state.get(key + up)
+            if A is None or B is None or A.shape != m.A.shape or B.shape != m.B.shape:
+                raise UserError(f"{path}: made for the base {meta.get('base_model', '(not stated)')}, and {self.name} is "
+                                f"another: {key} is missing or of another shape")
+            m.A.data.copy_(A)
+            m.B.data.copy_(B if kohya else B / m.scale)
         return meta
 
 
@@ -678,49 +659,48 @@ def load_lora(generator, path):
 
 
 def from_hub(load, name, **kw):
-    """load(name): from a local folder or the hub; a failure is the user's to mend, and says how."""
+    """load(name) from a local folder or the hub; a failure is the user's to mend, and the line says how."""
     try:
         return load(name, **kw)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{name} could not be loaded: neither a usable local folder nor in the cache or reachable on the "
-                        f"hub ({reason[:200]}). Ways on: --model toy, or the path of a local diffusers folder") from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f"{name} could not be loaded: no usable local folder, not in the cache, or not reachable on the hub "
+                        f"({reason}). Ways on: --model toy, or the path of a local diffusers folder") from e
 
 
 def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, random_init=False, compile=False, decoder="vae"):
     """toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id -> Generator with frozen weights and no LoRA."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # renamed on the way through the supported versions
+    architecture = layout(name_or_path)
     if random_init:
-        return Generator(random_pipeline(layout(name_or_path), device, dtype), device, dtype, f"random {name_or_path}",
-                         compile, decoder)
-    path = MODELS.get(name_or_path, name_or_path)
-    if name_or_path not in MODELS and not Path(path).exists() and "/" not in path:
-        pick("model", name_or_path, MODELS, "or a local diffusers folder, or a hub id owner/name")
-    kw = dict(variant="fp16") if name_or_path in ("sd-turbo", "sdxl-turbo") else {}  # half the download
-    pipe = from_hub(DiffusionPipeline.from_pretrained, path, torch_dtype=dtype, **kw)
-    if not (hasattr(pipe, "unet") and hasattr(pipe, "vae") and hasattr(pipe, "text_encoder")):
-        raise UserError(f"{path} is a {type(pipe).__name__}; expected an SD or SDXL layout (unet, vae, text_encoder)")
+        pipe, name_or_path = random_pipeline(architecture, device, dtype), f"random {name_or_path}"
+    else:
+        kw = dict(variant="fp16") if name_or_path in ("sd-turbo", "sdxl-turbo") else {}  # half the download
+        path = MODELS.get(name_or_path, name_or_path)
+        pipe = from_hub(diffusers.DiffusionPipeline.from_pretrained, path, torch_dtype=dtype, **kw)
+    if not all(hasattr(pipe, part) for part in ("unet", "vae", "text_encoder")):
+        raise UserError(f"{name_or_path} is a {type(pipe).__name__}; expected an SD or SDXL layout (unet, vae, text_encoder)")
     return Generator(pipe, device, dtype, name_or_path, compile, decoder)
 
 
 def layout(name_or_path):
-    """The preset that fits a model: its own, or sdxl-turbo / sd-turbo by its model_index.json."""
+    """The preset that fits a model: its own, or sd-turbo / sdxl-turbo by the class in its model_index.json."""
     if name_or_path in PRESETS:
         return name_or_path
-    path = Path(name_or_path)
-    if not path.exists() and "/" not in name_or_path:
-        pick("model", name_or_path, MODELS, "or a local diffusers folder, or a hub id owner/name")
-    if path.exists():
-        index = path / "model_index.json"
-    else:
+    index = Path(name_or_path) / "model_index.json"
+    if not Path(name_or_path).exists():
+        if "/" not in name_or_path:
+            pick("model", name_or_path, MODELS, "or a local diffusers folder, or a hub id owner/name")
         from huggingface_hub import hf_hub_download
         index = Path(from_hub(lambda name: hf_hub_download(name, "model_index.json"), name_or_path))
     if not index.exists():
-        raise UserError(f"{path}: no model_index.json in it; expected a diffusers folder in SD or SDXL layout")
-    return "sdxl-turbo" if "XL" in json.loads(index.read_text()).get("_class_name", "") else "sd-turbo"
+        raise UserError(f"{name_or_path}: no model_index.json in it; expected a diffusers folder in SD or SDXL layout")
+    return "sdxl-turbo" if '"StableDiffusionXL' in index.read_text() else "sd-turbo"
 
 
 # Public configurations of the two architectures, for --random-init.
@@ -842,49 +822,46 @@ def anchors_of(z, mask, m):
 def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None, timer=None):
     """One update's gradient, times G.loss_scale, added to .grad of the trainable weights; returns a dict of what happened.
 
-    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score(images (B, 3, H, W), prompts, finish=None) see
-    `Scorer`; pairs: offline anchors, see `load_pairs`.
+    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score: a `Scorer`; pairs: see `pair_anchors`.
     Exact for any micro: the targets are detached, so once they are known the loss is a sum over samples.
-    (A) all chunks without gradient: sample, decode, score, features. (B) rank, field, targets. (C) chunk by chunk: sample
-    again, now with gradient, its share of the loss, backward. Where one chunk holds all, A keeps its graph for C."""
+    (A) chunk by chunk without gradient: sample, decode, score, features. (B) rank, field, targets. (C) chunk by chunk:
+    sample again, now with gradient, its share of the loss, backward. A keeps the graph of its last chunk, with which C
+    begins: where one chunk holds all, nothing is computed twice."""
     timer = timer or Timer(G.device)
     P, K = noise.shape[:2]
     with timer("sample"):
         condition, e = G.encode(prompts), noise.flatten(0, 1).to(G.device)  # (P K, 4, h, w)
     owner = torch.arange(P, device=G.device).repeat_interleave(K)  # (P K,): the prompt of each image
     chunks = torch.arange(P * K, device=G.device).split(micro)
-    whole = len(chunks) == 1
 
-    def generate(i):  # with or without gradient, as the caller says
+    def generate(i):  # with gradient or without, as the caller says
         c = rows(condition, owner[i])
         with timer("sample"):
             x = G.sample(e[i], c)
         with timer("features"):
             return x, phi(x, c)
 
-    A = []
-    for i in chunks:  # (A)
-        with torch.set_grad_enabled(whole):
+    A, scores, masks = [], None, None
+    for n, i in enumerate(chunks):  # (A)
+        with torch.set_grad_enabled(i is chunks[-1]):
             x, z = generate(i)
-        with torch.no_grad():
-            with G.reference():
-                x_ref, z_ref = generate(i)
-            if score:
-                with timer("decode"):
-                    images = G.decode(x)
-                with timer("reward"):
-                    score(images, [prompts[j // K] for j in i.tolist()])
-            A.append((x.detach(), x_ref, [h.detach() for h in z], z_ref))
-    x, x_ref = (torch.cat(t) for t in list(zip(*A))[:2])  # (P K, 4, h, w)
-    z_all, z_refs = ([torch.cat(h) for h in zip(*t)] for t in list(zip(*A))[2:])  # per map (P K, T, D)
-
-    with torch.no_grad(), timer("field"):  # (B)
-        scores = score.finish(P, K).to(G.device) if score else None  # (P, K)
+        with torch.no_grad(), G.reference():
+            x_ref, z_ref = generate(i)
         if score:
-            masks = rank(scores, cfg.anchors)
-            anchored = masks[0].any(-1) & masks[1].any(-1)
-        terms, rms = [], []
-        for n, (h, h_ref) in enumerate(zip(z_all, z_refs)):
+            with torch.no_grad(), timer("decode"):
+                images = G.decode(x, G.ranker)
+            with timer("reward"):
+                score(images, [prompts[j // K] for j in range(n * micro, n * micro + len(i))])
+        A.append((x.detach(), x_ref, [h.detach() for h in z], z_ref))
+    x, x_ref = (torch.cat(t) for t in list(zip(*A))[:2])  # (P K, 4, h, w)
+    z_all, z_ref_all = ([torch.cat(h) for h in zip(*t)] for t in list(zip(*A))[2:])  # per map (P K, T, D)
+
+    terms, rms = [], []
+    with torch.no_grad(), timer("field"):  # (B)
+        if score:
+            scores = score.finish(P, K)  # (P, K)
+            masks = [mask.to(G.device) for mask in rank(scores, cfg.anchors)]
+        for n, (h, h_ref) in enumerate(zip(z_all, z_ref_all)):
             h, h_ref = (t.unflatten(0, (P, K)) for t in (h, h_ref))  # (P, K, T, D)
             (a, a_mask), (b, b_mask) = pairs[n] if pairs else [anchors_of(h, mask, cfg.anchors) for mask in masks]
             result, *r = drpo_target(h.flatten(1, 2), h_ref.flatten(1, 2), a, b, (a_mask, b_mask), cfg)
@@ -893,18 +870,16 @@ def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None,
             rms.append(torch.stack(r))  # (2, P, R)
 
     loss = 0.0
-    for i in chunks:  # (C)
-        if not whole:
+    for i in reversed(chunks):  # (C)
+        if i is not chunks[-1]:
             _, z = generate(i)
         with timer("backward"):
             part = sum(regression_loss(h, [(t[i], w[owner[i]]) for t, w in term]) for h, term in zip(z, terms))
             (part * G.loss_scale).backward()
-            loss = loss + part.detach()
+            loss, z = loss + part.detach(), None  # the graph goes before the next one comes
     rms = torch.stack(rms).mean((0, 2)).tolist()  # (2, R): mean over maps and prompts
     metrics = dict(loss=float(loss), rms_pref=rms[0], rms_ref=rms[1], **spread(x, x_ref, P, K))
-    if score:
-        metrics |= score_metrics(scores, *masks) | {"skipped": int((~anchored).sum())}
-    return metrics | (score.logged() if score else {})
+    return metrics | (score_metrics(scores, *(m.cpu() for m in masks)) | score.logged() if score else {})
 
 
 def spread(x, x_ref, P, K):
@@ -915,22 +890,23 @@ def spread(x, x_ref, P, K):
 
 
 def score_metrics(scores, positive, negative):
-    """Figures of the scores (P, K), means over prompts: mean, best, worst, std within a prompt, gap between anchors."""
+    """Figures of the scores (P, K), means over prompts: mean, best, worst, std within a prompt, gap between the anchors."""
+    skipped = {"skipped": int((~(positive & positive.any(-1, True)).any(-1)).sum())}
     known = scores[~scores.isnan().all(-1)].double()  # a prompt without an opinion has no figures
     if not len(known):
-        return {}
+        return skipped
     low, high = known.nan_to_num(nan=math.inf).amin(-1), known.nan_to_num(nan=-math.inf).amax(-1)
     mean = known.nanmean(-1, keepdim=True)
-    gap = [scores[mask].double().mean() if mask.any() else torch.tensor(math.nan) for mask in (positive, negative)]
+    gap = scores[positive].double().mean() - scores[negative].double().mean() if positive.any() else torch.tensor(0.0)
     return {"reward_mean": float(mean.mean()), "reward_best": float(high.mean()), "reward_worst": float(low.mean()),
-            "reward_std": float((known - mean).square().nanmean(-1).sqrt().mean()), "gap": float(gap[0] - gap[1])}
+            "reward_std": float((known - mean).square().nanmean(-1).sqrt().mean()), "gap": float(gap), **skipped}
 
 
 class Scorer:
-    """Collects the scores of a step's chunks: the reward that ranks, and the watched ones that never do."""
+    """Collects the scores of a step's chunks: of the reward that ranks, and of the watched ones that never do."""
 
-    def __init__(self, reward, watched, cfg):
-        self.reward, self.watched, self.timeout, self.watching = reward, watched, cfg.reward_timeout, False
+    def __init__(self, reward, watched=(), timeout=600.0):
+        self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
         self.reset()
 
     def reset(self):
@@ -957,23 +933,23 @@ class Scorer:
 
 def in_time(call, seconds, name):
     """call(), in a thread of its own so that a reward that hangs can be given up."""
-    result = {}
+    answer = queue.SimpleQueue()
 
     def work():
         try:
             with torch.no_grad():
-                result["value"] = call()
+                answer.put((call(), None))
         except BaseException as e:
-            result["error"] = e
+            answer.put((None, e))
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)")
-    if "error" in result:
-        raise result["error"]
-    return result["value"]
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)") from None
+    if error:
+        raise error
+    return value
 
 
 def prompt_noise(seed, position, shape):
@@ -983,24 +959,22 @@ def prompt_noise(seed, position, shape):
 
 
 # ======================================================================================================================
-# 5. Prompts, files, pictures.
+# 5. Prompts, pairs, checkpoints.
 # ======================================================================================================================
 
-ANIMALS = [f"a {a} {b}" for a in
-           ("cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion",
-            "tiger", "bear", "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale",
-            "dolphin", "squirrel", "mouse", "rat", "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig",
-            "turkey", "fly", "llama", "camel", "bat", "gorilla", "hedgehog", "kangaroo")
-           for b in ("riding a bike", "playing chess", "washing the dishes")]
+ANIMALS = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle " \
+    "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama " \
+    "camel bat gorilla hedgehog kangaroo"
 PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PROMPTS = {  # user-written Pick-a-Pic v2 prompts, partly explicit
+PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
     "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
     "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
-    "scenes": HERE / "toy" / "captions_train.txt", "scenes-test": HERE / "toy" / "captions_heldout.txt", "animals": ANIMALS}
+    "scenes": HERE / "toy" / "captions_train.txt", "scenes-test": HERE / "toy" / "captions_heldout.txt",
+    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing the dishes")]}
 
 
 def pick(kind, name, options, also=""):
-    """options[name], or one clear line with the nearest names."""
+    """options[name] (name itself where the options are a tuple), or one clear line with the nearest names."""
     if name in options:
         return options[name] if isinstance(options, dict) else name
     near = difflib.get_close_matches(name, options, 3, 0.4) or list(options)
@@ -1029,64 +1003,64 @@ def load_prompts(spec):
         return source
     path = fetch(*source) if isinstance(source, tuple) else Path(source)
     if not path.is_file():
-        near = f"; did you mean {', '.join(n)}?" if (n := difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5)) else ""
-        raise UserError(f"prompts {str(spec)!r}: neither a file nor one of {', '.join(PROMPTS)}{near}")
+        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
+        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as e:
         raise UserError(f"prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
     if path.suffix == ".jsonl":
-        lines = [json_line(path, n, line, "prompt")["prompt"] for n, line in enumerate(lines, 1)]
-    if not lines:
+        lines = [json_line(path, n, line, prompt=str)["prompt"] for n, line in enumerate(lines, 1) if line]
+    if not any(lines):
         raise UserError(f"prompts {path}: empty; expected a prompt a line")
-    return lines
+    return [line for line in lines if line]
 
 
-def json_line(path, n, line, *keys):
-    """One line of a .jsonl as a dict that has the keys; the first is a string."""
+def json_line(path, n, line, **kinds):
+    """One line of a .jsonl -> dict that has these keys, of these types, none empty."""
     try:
         row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or any(k not in row for k in keys) or not isinstance(row[keys[0]], str):
-        raise UserError(f"{path}, line {n}: expected a JSON object with {', '.join(keys)}")
-    return row
+        assert all(isinstance(row[k], kind) and row[k] for k, kind in kinds.items())
+        return row
+    except (ValueError, KeyError, TypeError, AssertionError):
+        want = ", ".join(f'"{k}": {"a list of files" if kind is list else "text"}' for k, kind in kinds.items())
+        raise UserError(f"{path}, line {n}: expected a JSON object with {want}") from None
 
 
-def load_pairs(path, allow_outside=False):
-    """Offline pairs -> list of (prompt, [chosen files], [rejected files]); files lie in the folder of the .jsonl."""
-    path = Path(path)
+def load_pairs(path, anywhere=False):
+    """Offline pairs -> list of (prompt, [chosen files], [rejected files]); the files lie in the folder of the .jsonl."""
+    path, out = Path(path), []
     if not path.is_file():
         raise UserError(f"pairs {path}: no such file; expected a .jsonl with prompt, chosen, rejected")
-    out, home = [], path.resolve().parent
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    home = path.resolve().parent
+    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if line.strip():
-            row = json_line(path, n, line, "prompt", "chosen", "rejected")
-            sides = [[home / f for f in row[side]] if isinstance(row[side], list) else [] for side in ("chosen", "rejected")]
-            for file in sides[0] + sides[1]:
-                if not file.resolve().is_relative_to(home) and not allow_outside:
+            row = json_line(path, n, line, prompt=str, chosen=list, rejected=list)
+            chosen, rejected = ([home / str(f) for f in row[side]] for side in ("chosen", "rejected"))
+            for file in chosen + rejected:
+                if not anywhere and not file.resolve().is_relative_to(home):
                     raise UserError(f"{path}, line {n}: {file} lies outside {home} (--pairs-anywhere allows it)")
                 if not file.is_file():
                     raise UserError(f"{path}, line {n}: {file} is missing")
-            if not all(sides):
-                raise UserError(f"{path}, line {n}: chosen and rejected must each be a list of at least one file")
-            out.append((row["prompt"], *sides))
+            out.append((row["prompt"], chosen, rejected))
     if not out:
         raise UserError(f"pairs {path}: empty; expected a line a prompt")
     return out
 
 
+@torch.no_grad()
 def pair_anchors(G, phi, pairs):
     """Features of the files of P offline pairs: per map, (positive (P, M, D), mask (P, M)) and the same for negative."""
     from PIL import Image
-    side = G.noise_shape[-1] * G.pipe.vae_scale_factor
-    found = []  # per prompt and sign: list of maps (n, T, D)
+    found, size = [], (G.picture_side, G.picture_side)
     for prompt, *sides in pairs:
         for files in sides:
-            images = [to_tensor(Image.open(f).convert("RGB").resize((side, side), Image.BICUBIC)) for f in files]
+            try:
+                images = [rewards.as_tensor(Image.open(f).convert("RGB").resize(size, Image.BICUBIC)) for f in files]
+            except OSError as e:
+                raise UserError(f"pairs: {e}") from e
             x = G.encode_images(torch.stack(images).to(G.device))
-            with torch.no_grad():
-                found.append(phi(x, rows(G.encode([prompt]), torch.zeros(len(x), dtype=torch.long, device=G.device))))
+            found.append(phi(x, rows(G.encode([prompt]), torch.zeros(len(x), dtype=torch.long, device=G.device))))
     out = []
     for maps in zip(*found):  # 2 P tensors (n, T, D): positive and negative in turn
         pad = nn.utils.rnn.pad_sequence([h.flatten(0, 1) for h in maps], batch_first=True)  # (2 P, M, D)
@@ -1096,144 +1070,48 @@ def pair_anchors(G, phi, pairs):
     return out
 
 
-def to_tensor(image):
-    """PIL picture -> (3, H, W) in [0, 1], float32."""
-    import numpy as np
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
-
-
-def to_pil(images):
-    """Images (B, 3, H, W) in [0, 1] -> list of PIL pictures."""
-    from PIL import Image
-    array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(a) for a in array]
-
-
-def picture_grid(rows_of_images, captions, labels, side=None):
-    """Rows of PIL pictures (one list a row) under captions (one a column), labels at the left -> one PIL picture."""
-    from PIL import Image, ImageDraw, ImageFont
-    side = side or max(128, min(256, rows_of_images[0][0].width))
-    font, left, gap = ImageFont.load_default(13), 54, 6
-    lines = [wrap(c, font, side) for c in captions]
-    top = 8 + 16 * max(map(len, lines))
-    size = (left + len(captions) * (side + gap), top + len(rows_of_images) * (side + gap))
-    grid = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(grid)
-    for c, text in enumerate(lines):
-        draw.multiline_text((left + c * (side + gap), 4), "\n".join(text), "black", font, spacing=2)
-    for r, (images, label) in enumerate(zip(rows_of_images, labels)):
-        draw.text((6, top + r * (side + gap) + side // 2), label, "black", font, anchor="lm")
-        for c, image in enumerate(images):
-            enlarge = Image.NEAREST if image.width <= side and side % image.width == 0 else Image.LANCZOS
-            grid.paste(image.resize((side, side), enlarge), (left + c * (side + gap), top + r * (side + gap)))
-    return grid
-
-
-def wrap(text, font, width, most=4):
-    """Lines of text that fit into width pixels; at most `most`."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines[:most - 1] + [lines[most - 1] + " ..."] if len(lines) > most else lines
-
-
-def draw_curve(metrics, path):
-    """curve.png: reward mean, best and worst (left), and every watched reward (a panel each), over steps."""
-    from PIL import Image, ImageDraw, ImageFont
-    names = [["reward_mean", "reward_best", "reward_worst"]]
-    names += [[k] for k in sorted({k for row in metrics for k in row if k.startswith("watch/")})]
-    names += [["diversity"]]
-    w, h, font = 480, 320, ImageFont.load_default(14)
-    image = Image.new("RGB", (w * len(names), h), "white")
-    draw = ImageDraw.Draw(image)
-    for n, keys in enumerate(names):
-        series = {k: [(row["step"], row[k]) for row in metrics if isinstance(row.get(k), float) and row[k] == row[k]] for k in keys}
-        points = [p for s in series.values() for p in s]
-        if not points:
-            continue
-        x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-        y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
-        y0, y1 = (y0, y1) if y1 > y0 else (y0 - 0.5, y1 + 0.5)
-        left, right, top, bottom = n * w + 64, n * w + w - 16, 34, h - 34
-        place = lambda p: (left + (p[0] - x0) / max(x1 - x0, 1) * (right - left), bottom - (p[1] - y0) / (y1 - y0) * (bottom - top))
-        for i in range(5):
-            y = bottom - i * (bottom - top) / 4
-            draw.line((left, y, right, y), "#dddddd")
-            draw.text((left - 6, y), f"{y0 + i * (y1 - y0) / 4:.3g}", "#555555", font, anchor="rm")
-        draw.text((left, h - 12), f"step {x0}", "#555555", font, anchor="lm")
-        draw.text((right, h - 12), str(x1), "#555555", font, anchor="rm")
-        for i, (key, color) in enumerate(zip(keys, ("#1f5fbf", "#3a9a4a", "#c0392b"))):
-            draw.text((left + 130 * i, 16), key, color, font, anchor="lm")
-            if len(series[key]) > 1:
-                draw.line([place(p) for p in series[key]], color, 2, joint="curve")
-    write_atomic(path, lambda f: image.save(f, "PNG"))
-
-
-def write_atomic(path, write, keep=None):
-    """write(file) beside `path`, then rename: a reader never sees half a file, and a full disk spoils nothing. The file
-    that was there is kept as `keep`."""
+def write_atomic(path, data, keep=None):
+    """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils nothing. What was there
+    before stays as `keep`."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:
-            write(f)
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(beside, path)
-    except BaseException:
+    except OSError as e:
         beside.unlink(missing_ok=True)
-        raise
-
-
-def digest(state):
-    """sha256 of a checkpoint's content: nested dicts, lists, numbers and tensors."""
-    sha = hashlib.sha256()
-
-    def add(value):
-        if torch.is_tensor(value):
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in value:
-                add(str(key)), add(value[key])
-        elif isinstance(value, (list, tuple)):
-            [add(v) for v in value]
-        else:
-            sha.update(repr(value).encode())
-
-    add(state)
-    return sha.hexdigest()
+        raise UserError(f"{path} could not be written ({e.strerror}); what was saved before is intact") from e
 
 
 def save_checkpoint(folder, state):
-    """checkpoint.pt, atomically, with the digest of its content; the one before stays as checkpoint.previous.pt."""
-    write_atomic(Path(folder) / "checkpoint.pt", lambda f: torch.save({**state, "sha256": digest(state)}, f),
-                 keep=Path(folder) / "checkpoint.previous.pt")
+    """checkpoint.pt, atomically, its sha256 behind it; the one before stays as checkpoint.previous.pt."""
+    torch.save(state, buffer := io.BytesIO())
+    data = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    write_atomic(Path(folder) / "checkpoint.pt", data, keep=Path(folder) / "checkpoint.previous.pt")
 
 
 def load_checkpoint(folder):
     """The newest whole checkpoint of a run. Objects are never unpickled (weights_only)."""
     problems = []
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        path = Path(folder) / name
-        if not path.exists():
-            problems.append(f"{name} is missing")
-            continue
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state.pop("sha256") == digest(state):
-                if problems:
-                    print(f"{folder}: {'; '.join(problems)}; going on from {name}, step {state['step']}", file=sys.stderr)
-                return state
-            problems.append(f"{name}: its checksum differs from its content")
-        except Exception as e:  # torn files fail in many ways
-            problems.append(f"{name} cannot be read ({type(e).__name__})")
+            data = (Path(folder) / name).read_bytes()
+        except OSError as e:
+            problems.append(f"{name}: {e.strerror}")
+            continue
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            problems.append(f"{name}: torn or changed, its checksum differs; set aside as {name}.torn")
+            os.replace(Path(folder) / name, Path(folder) / (name + ".torn"))  # never to be kept in place of a good one
+            continue
+        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        if problems:
+            print(f"{folder}: {'; '.join(problems)}; going on from {name}, step {state['step']}", file=sys.stderr)
+        return state
     raise UserError(f"{folder}: no checkpoint to go on from ({'; '.join(problems)})")
 
 
@@ -1241,9 +1119,8 @@ def load_checkpoint(folder):
 # 6. A run.
 # ======================================================================================================================
 
-# settings that may differ after --resume: they do not change what is computed
-FREE = {"steps", "resume", "out", "save_every", "preview_every", "log_every", "micro_batch", "device", "compile", "profile",
-        "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}
+FREE = {"steps", "resume", "change", "out", "save_every", "preview_every", "log_every", "micro_batch", "device", "compile",
+        "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}  # may differ after --resume
 
 
 class Stop:
@@ -1264,10 +1141,10 @@ class Stop:
 
 def check(cfg):
     """Settings that contradict each other or name nothing: one line, before anything is loaded or written."""
-    for name in (item.strip().partition("@")[0] for item in cfg.features.split(",")):
-        pick("feature", name, FEATURES)
+    for name in cfg.features.split(","):
+        pick("feature", name.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
-    pick("field", cfg.field, ("dipole", "released"))
+    pick("field", cfg.field, FIELDS)
     for name in ("steps", "batch", "candidates", "anchors", "lora_rank", "save_every", "log_every", "watch_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
@@ -1277,170 +1154,189 @@ def check(cfg):
         raise UserError(f"--radii {cfg.radii}: expected positive numbers, such as 0.2,0.5,1")
     if cfg.micro_batch != "auto" and not (str(cfg.micro_batch).isdigit() and int(cfg.micro_batch) > 0):
         raise UserError(f"--micro-batch {cfg.micro_batch!r}: expected auto or a number of images, at least 1")
+    for name in ("lr", "weight_decay", "lambda_ref", "eta", "clip", "lora_alpha", "reward_timeout"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected a number from 0 up")
+    if cfg.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
+        raise UserError(f"--device {cfg.device!r}: expected auto, cpu, cuda or cuda:N")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {cfg.device}: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
-    out = Path(cfg.out)
+    out = Path(cfg.out or ".git")
     if cfg.out and not cfg.resume and (out.is_file() or any((out / f).exists() for f in ("config.json", "metrics.jsonl"))):
         raise UserError(f"--out {out} already holds a run; go on with --resume {out}, or name another folder")
 
 
 def start(cfg):
-    """Device, dtype, seeds, and with torchrun the process group: -> device, dtype, rank, number of ranks."""
+    """Device, dtype, seeds, and under torchrun the process group: -> device, dtype, rank, number of ranks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    random.seed(cfg.seed), torch.manual_seed(cfg.seed)
-    dtype = DTYPES[cfg.dtype if cfg.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"]
-    return device, dtype, rank, world
+    random.seed(cfg.seed), np.random.seed(cfg.seed % 2**32), torch.manual_seed(cfg.seed)
+    return device, DTYPES[cfg.dtype if cfg.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"], rank, world
 
 
 def all_reduce_mean(tensors, world):
     """Average tensors over the ranks in place, by one all-reduce."""
-    if world > 1 and tensors:
-        flat = torch.cat([t.flatten() for t in tensors])
-        try:
-            dist.all_reduce(flat)
-        except RuntimeError as e:
-            raise UserError(f"another rank of this run ended, so this one stops too ({str(e).splitlines()[0][:120]})") from e
-        for t, part in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
+    flat = torch.cat([t.flatten() for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as e:
+        raise UserError(f"another rank of this run ended, so this one stops too ({str(e).splitlines()[0][:120]})") from e
+    for t, part in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t))
 
 
 def rng_state():
-    """States of the generators that a reward of the user's may draw from; drpo's own noise needs none."""
-    return {"torch": torch.get_rng_state(), "python": random.getstate(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """The generators that a reward of the user's may draw from, as plain data; drpo's own noise has seeds of its own."""
+    name, words, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, words.tolist(), *rest]}
 
 
 def set_rng_state(state):
     torch.set_rng_state(state["torch"])
+    np.random.set_state(tuple(state["numpy"]))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class Trainer:
-    """Everything that a run holds: generator, features, reward, prompts, optimizer, and where it stands."""
+    """All that a run holds: generator, features, reward, prompts, optimizer, and where it stands."""
 
     def __init__(self, cfg):
         check(cfg)
         self.cfg, (device, dtype, self.rank, self.world) = cfg, start(cfg)
-        self.pairs = load_pairs(cfg.pairs) if cfg.pairs else None
-        self.prompts = [p[0] for p in self.pairs] if self.pairs else load_prompts(cfg.prompts or "scenes")
-        load = lambda spec: rewards.load(spec, device=device)
-        self.scorer = None if self.pairs else Scorer(load(cfg.reward or "scene"), [load(w) for w in cfg.watch.split(",") if w], cfg)
         self.G = load_generator(cfg.model, device=device, dtype=dtype, random_init=cfg.random_init, compile=cfg.compile,
                                 decoder=cfg.decoder)
+        self.pairs = load_pairs(cfg.pairs, cfg.pairs_anywhere) if cfg.pairs else None
+        self.prompts = [p[0] for p in self.pairs] if self.pairs else load_prompts(cfg.prompts)
+        load = lambda spec: rewards.load(spec, device=device)
+        self.scorer = None if self.pairs else Scorer(load(cfg.reward), [load(w) for w in cfg.watch.split(",") if w],
+                                                     cfg.reward_timeout)
         self.phi = load_features(cfg.features, self.G, cfg.random_init)
         torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
         self.params = self.G.train_all() if cfg.full else self.G.add_lora(cfg.lora_rank, cfg.lora_alpha)
         self.optimizer = torch.optim.AdamW(self.params, cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.G.device.type == "cuda")
-        most = cfg.batch * cfg.candidates
-        self.micro = most if cfg.micro_batch == "auto" else min(int(cfg.micro_batch), most)
+        images = cfg.batch * cfg.candidates
+        self.micro = images if cfg.micro_batch == "auto" else min(int(cfg.micro_batch), images)
         self.step = self.position = self.bad = 0
-        self.timer, self.metrics = Timer(self.G.device), []
+        self.timer, self.metrics, self.stop, self.rng = Timer(self.G.device), [], Stop(), rng_state()
 
-    def prompt_indices(self):
-        """The prompts of this rank's next step: every epoch is a permutation of its own; position counts over all ranks."""
+    def prompts_of_step(self):
+        """(position, index) of this rank's next prompts: every epoch is a permutation of its own, positions count over all
+        ranks, and both are functions of the seed alone."""
         n = len(self.prompts)
-        for i in range(self.cfg.batch):
-            position = self.position + self.rank * self.cfg.batch + i
+        for position in range(start := self.position + self.rank * self.cfg.batch, start + self.cfg.batch):
             g = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + position // n)
             yield position, int(torch.randperm(n, generator=g)[position % n])
 
     def gradient(self):
         """The gradient of the next step; where memory runs out the micro-batch is halved and the step begun again."""
-        positions, index = zip(*self.prompt_indices())
+        positions, index = zip(*self.prompts_of_step())
         noise = torch.stack([prompt_noise(self.cfg.seed, p, (self.cfg.candidates, *self.G.noise_shape)) for p in positions])
         while True:
+            self.optimizer.zero_grad()
             try:
-                self.optimizer.zero_grad()
                 pairs = pair_anchors(self.G, self.phi, [self.pairs[i] for i in index]) if self.pairs else None
                 return drpo_gradient(self.G, self.phi, [self.prompts[i] for i in index], noise, self.cfg, self.micro,
                                      score=self.scorer, pairs=pairs, timer=self.timer)
             except torch.OutOfMemoryError:
                 if self.micro == 1:
-                    raise UserError("out of GPU memory at --micro-batch 1; try fewer --candidates, or --decoder taesd")
-                self.micro //= 2
-            print(f"out of GPU memory: going on with --micro-batch {self.micro}", file=sys.stderr)  # outside except: frees
+                    raise UserError("out of GPU memory at --micro-batch 1; try --decoder taesd or a smaller reward") from None
+            self.micro = -(-self.micro // 2)  # outside of except: the exception holds the memory
+            print(f"out of GPU memory: going on with --micro-batch {self.micro}", file=sys.stderr)
             self.scorer and self.scorer.reset()
             self.timer.marks = []
             torch.cuda.empty_cache()
 
     def train_step(self):
         """One update; returns its line of metrics. A gradient that is not finite changes nothing and is counted."""
-        cfg, began = self.cfg, time.perf_counter()
+        cfg, began, cuda, self.rng = self.cfg, time.perf_counter(), self.G.device.type == "cuda", rng_state()
         if self.scorer:
             self.scorer.watching = self.step % cfg.watch_every == 0 or self.step == cfg.steps - 1
         metrics = self.gradient()
-        grads = [p.grad for p in self.params if p.grad is not None]
-        torch._foreach_div_(grads, self.G.loss_scale)
-        all_reduce_mean(grads, self.world)
         with self.timer("optimizer"):
+            grads = [p.grad for p in self.params if p.grad is not None]
+            torch._foreach_div_(grads, self.G.loss_scale)
+            if self.world > 1:
+                signal_seen = grads[0].new_tensor([float(self.stop.signal)])  # a rank that stops takes the others along
+                all_reduce_mean([*grads, signal_seen], self.world)
+                self.stop.signal = self.stop.signal or (signal.SIGTERM if signal_seen.item() else 0)
             norm = float(nn.utils.clip_grad_norm_(self.params, cfg.clip))
-            rate = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_decay else 1.0)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
-            if finite:
+                group["lr"] = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_decay else 1.0)
+            if math.isfinite(norm):
                 self.optimizer.step()
-        self.bad = 0 if finite else self.bad + 1
+        self.rng = rng_state()
+        if not math.isfinite(norm) and self.G.loss_scale > 1:  # fp16: most likely the scale, not the step
+            self.G.loss_scale /= 2
+        else:
+            self.bad = 0 if math.isfinite(norm) else self.bad + 1
         self.step, self.position = self.step + 1, self.position + cfg.batch * self.world
         phases, seconds = self.timer.seconds(), time.perf_counter() - began
-        metrics = {"step": self.step, "seconds": seconds,
-                   "images_per_second": cfg.batch * cfg.candidates * self.world / seconds, **metrics, "grad_norm": norm,
-                   "lr": rate, "applied": finite, **{f"seconds_{k}": v for k, v in phases.items()}}
-        if self.G.device.type == "cuda":
-            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return metrics
+        return {"step": self.step, "seconds": seconds,
+                "images_per_second": cfg.batch * cfg.candidates * self.world / seconds, **metrics, "grad_norm": norm,
+                "lr": group["lr"], "applied": math.isfinite(norm), **{f"seconds_{k}": v for k, v in phases.items()},
+                **({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})}
 
     def state(self):
         """All that a checkpoint holds: plain numbers, strings and tensors."""
-        return {"step": self.step, "position": self.position, "bad": self.bad, "rng": rng_state(),
-                "weights": [p.detach().cpu() for p in self.params], "optimizer": self.optimizer.state_dict(),
-                "config": settings(self.cfg)}
+        return {"step": self.step, "position": self.position, "rng": self.rng, "config": settings(self.cfg),
+                "weights": [p.detach().cpu() for p in self.params], "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state):
-        self.step, self.position, self.bad = state["step"], state["position"], state["bad"]
+        """Go on from a checkpoint's state; settings that differ from its own are refused by name."""
+        old, new = state["config"], settings(self.cfg)
+        changed = [k for k in new if k not in FREE and old.get(k) != new[k]]
+        if changed and not self.cfg.change:
+            raise UserError("; ".join(f"--{k.replace('_', '-')} was {old.get(k)} in this run and is {new[k]} now" for k in changed)
+                            + ": leave it as it was, or add --change to go on with it on purpose")
+        self.step, self.position = state["step"], state["position"]
         for p, w in zip(self.params, state["weights"]):
             p.data.copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
 
     def save(self, out):
-        """Checkpoint for --resume, and the weights in the formats that others load."""
+        """The checkpoint for --resume, and the weights in the formats that others load."""
         save_checkpoint(out, self.state())
         if self.cfg.full:
             self.G.unet.save_pretrained(out / "unet")
         else:
             self.G.save_lora(out, self.cfg.lora_format, {"settings": json.dumps(settings(self.cfg))})
 
-    def preview(self, path):
-        """Fixed prompts, fixed noise: the base above, the tuned model below."""
-        n = min(8, len(self.prompts))
+    @torch.no_grad()
+    def preview(self, out):
+        """samples/step-N.png: fixed prompts, fixed noise, the base above, the tuned model below; and curve.png."""
+        from eval import draw_curve, picture_grid
+        G, n, pictures = self.G, min(8, len(self.prompts)), []
         prompts = [self.prompts[i * len(self.prompts) // n] for i in range(n)]
-        noise = torch.stack([prompt_noise(self.cfg.seed, -1 - i, self.G.noise_shape) for i in range(n)]).to(self.G.device)
-        pictures = []
-        with torch.no_grad():
-            condition = self.G.encode(prompts)
-            for context in (self.G.reference(), contextlib.nullcontext()):
-                with context:
-                    x = [self.G.sample(noise[i:i + 1], rows(condition, slice(i, i + 1))) for i in range(n)]
-                pictures.append(sum((to_pil(self.G.decode(h)) for h in x), []))
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, lambda f: picture_grid(pictures, prompts, ("base", "tuned")).save(f, "PNG"))
+        condition, noise = G.encode(prompts), [prompt_noise(self.cfg.seed, -1 - i, (1, *G.noise_shape)) for i in range(n)]
+        for context in (G.reference(), contextlib.nullcontext()):
+            with context:
+                x = [G.sample(e.to(G.device), rows(condition, slice(i, i + 1))) for i, e in enumerate(noise)]
+            pictures.append([rewards.to_pil(G.decode(h))[0] for h in x])
+        (out / "samples").mkdir(exist_ok=True)
+        picture_grid(pictures, prompts, ("base", "tuned")).save(out / "samples" / f"step-{self.step:06d}.png")
+        if self.metrics:
+            draw_curve(self.metrics, out / "curve.png")
+
+
+def read_run(folder):
+    """config.json of a run as a dict."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: no run ({path.name} is missing or no JSON: {e})") from e
 
 
 def settings(cfg):
@@ -1448,49 +1344,66 @@ def settings(cfg):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
 
 
-def describe(cfg, T):
-    """What a run is about to do, in a few lines."""
-    P, K, n = cfg.batch, cfg.candidates, sum(p.numel() for p in T.params)
-    given = {k: v for k, v in settings(cfg).items() if v not in ("", False)}
-    print("  ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()))
-    print(f"{P} prompts x {K} candidates{f' x {T.world} ranks' if T.world > 1 else ''} = {P * K * T.world} images a step, "
-          f"{T.micro} at once; {n:,} trainable weights; {len(T.prompts):,} prompts; {T.G.device} {cfg.dtype}", flush=True)
+def describe(T):
+    """What a run is about to do: its settings, and the arithmetic of its batch."""
+    cfg, n = T.cfg, sum(p.numel() for p in T.params)
+    print("  ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v not in ("", False)))
+    print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {T.world} ranks' if T.world > 1 else ''} = "
+          f"{cfg.batch * cfg.candidates * T.world} images a step, {T.micro} at once; {n:,} trainable weights; "
+          f"{len(T.prompts):,} prompts; {T.G.dtype} on {T.G.device}", flush=True)
 
 
-def figures(m, cfg, seconds_left):
-    """One readable line of a step's metrics."""
+def figures(m, cfg, left):
+    """One readable line of a step's metrics; left: seconds to go."""
     parts = [f"step {m['step']}/{cfg.steps}"]
-    parts += [f"reward {m['reward_mean']:.4g} (best {m['reward_best']:.4g}, worst {m['reward_worst']:.4g})"] if "reward_mean" in m else []
+    if "reward_mean" in m:
+        parts.append(f"reward {m['reward_mean']:.4g} (best {m['reward_best']:.4g}, worst {m['reward_worst']:.4g})")
     parts += [f"{k[6:]} {v:.4g}" for k, v in m.items() if k.startswith("watch/")]
     parts += [f"diversity {m['diversity']:.0%}", f"distance {m['distance']:.3g}", f"grad {m['grad_norm']:.3g}"]
     parts += [f"skipped {m['skipped']}"] if m.get("skipped") else []
-    parts += [f"{m['seconds']:.2f} s", f"{m['peak_gib']:.1f} GiB"] if "peak_gib" in m else [f"{m['seconds']:.2f} s"]
-    return "  ".join(parts) + f"  left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+    parts += [] if m["applied"] else ["NOT FINITE, not applied"]
+    parts += [f"{m['seconds']:.2f} s"] + ([f"{m['peak_gib']:.1f} GiB"] if "peak_gib" in m else [])
+    return "  ".join(parts) + f"  left {int(left) // 60}:{int(left) % 60:02d}"
 
 
-def open_run(cfg, T):
-    """The run's folder, with config.json; after --resume the metrics beyond the checkpoint are cut off."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    out = Path(cfg.resume or cfg.out or f"runs/{Path(cfg.model).name}-{'pairs' if cfg.pairs else Path(cfg.reward).stem}-{stamp}")
+def open_run(T):
+    """The run's folder, and a function that appends a step's metrics to its metrics.jsonl. A new run gets config.json and
+    a first checkpoint; a resumed one loses the lines that came after its checkpoint."""
+    cfg = T.cfg
+    name = f"{Path(cfg.model).name}-{'pairs' if cfg.pairs else Path(cfg.reward.partition(':')[0]).stem}"
+    out = Path(cfg.resume or cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    T.fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "metrics.jsonl"
-    if cfg.resume and log.exists():
-        for line in log.read_text().splitlines()[:T.step]:
-            T.metrics.append(json.loads(line))
-        write_atomic(log, lambda f: f.write("".join(json.dumps(m) + "\n" for m in T.metrics).encode()))
-    else:
-        import diffusers
-        import transformers
-        versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)} | {"python": sys.version.split()[0]}
-        config = {**settings(cfg), "versions": versions, "git": git_revision(), "command": sys.argv}
-        write_atomic(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+    path, board = out / "metrics.jsonl", None
+    if cfg.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out)
+        except ImportError as e:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from e
+    if cfg.resume and path.exists():
+        T.metrics = [json.loads(line) for line in path.read_text().splitlines()[:T.step]]
+        write_atomic(path, "".join(json.dumps(m) + "\n" for m in T.metrics).encode())
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    config = {**settings(cfg), "versions": versions, "git": git or None, "command": sys.argv}
+    write_atomic(out / "config.json", json.dumps(config, indent=1).encode())
+    if not cfg.resume:
+        T.save(out)
+
+    def log(m):
+        m = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}  # JSON has no NaN
+        T.metrics.append(m)
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps(m) + "\n")
+        except OSError as e:
+            raise UserError(f"{path} could not be written ({e.strerror}); the last checkpoint is intact") from e
+        for key in m if board else ():
+            if isinstance(m[key], (int, float)):
+                board.add_scalar(key, m[key], m["step"])
+
     return out, log
-
-
-def git_revision():
-    """Revision of this file's checkout, or None."""
-    done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def train(cfg):
@@ -1499,46 +1412,59 @@ def train(cfg):
     if cfg.resume:
         T.restore(load_checkpoint(cfg.resume))
     if cfg.profile:
+        from eval import profile
         return profile(T)
-    first, lead, stop, began = T.step, T.rank == 0, Stop(), time.perf_counter()
+    lead, stop, first, began = T.rank == 0, T.stop, T.step, time.perf_counter()
     if lead:
-        describe(cfg, T)
-        out, log = open_run(cfg, T)
+        describe(T)
+        out, log = open_run(T)
         if cfg.preview_every and not cfg.resume:
-            T.preview(out / "samples" / "step-000000.png")
+            T.preview(out)
     bar = tqdm(total=cfg.steps, initial=T.step, disable=not (lead and sys.stderr.isatty()), unit="step")
-    while T.step < cfg.steps and not stop.signal:
+    while T.step < cfg.steps and not stop.signal and T.bad < 3:
         try:
             m = T.train_step()
         except UserError as e:
-            if lead and T.step > first:
-                T.save(out)
-            raise UserError(f"step {T.step + 1}: {e}" + (f" (saved; go on with --resume {out})" if lead and T.step > first else "")) from e
+            if lead and T.step == 0 and T.fresh:
+                shutil.rmtree(out)  # nothing came of it: leave nothing behind
+            saved = lead and T.step > first and not T.save(out)
+            raise UserError(f"step {T.step + 1}: {e}" + (f" (saved; go on with --resume {out})" if saved else "")) from e
         if lead:
-            T.metrics.append(m)
-            with open(log, "a") as f:
-                f.write(json.dumps(m) + "\n")
-            left = (time.perf_counter() - began) / (T.step - first) * (cfg.steps - T.step)
-            if T.step % cfg.log_every == 0 or T.step in (1, cfg.steps):
-                tqdm.write(figures(m, cfg, left))
+            log(m)
+            if T.step % cfg.log_every == 0 or T.step in (first + 1, cfg.steps):
+                tqdm.write(figures(m, cfg, (time.perf_counter() - began) / (T.step - first) * (cfg.steps - T.step)))
             bar.update()
             last = T.step == cfg.steps or stop.signal or T.bad == 3
             if T.step % cfg.save_every == 0 or last:
                 T.save(out)
-            if cfg.preview_every and (T.step % cfg.preview_every == 0 or T.step == cfg.steps):
-                T.preview(out / "samples" / f"step-{T.step:06d}.png")
-                draw_curve(T.metrics, out / "curve.png")
-        if T.bad == 3:
-            raise UserError(f"step {T.step}: loss or gradient not finite three times in a row; nothing of these steps was "
-                            f"applied. Try a lower --lr or --dtype bf16, then --resume")
+            if cfg.preview_every and (T.step % cfg.preview_every == 0 or last):
+                T.preview(out)
     bar.close()
+    if T.bad == 3:
+        raise UserError(f"step {T.step}: loss or gradient not finite three times in a row; none of these steps was applied. "
+                        f"Try a lower --lr or --dtype bf16 with --resume and --change")
     if stop.signal:
         if lead:
             print(f"stopped after step {T.step}; go on with: python drpo.py --resume {out}", file=sys.stderr)
         sys.exit(128 + stop.signal)
     if lead:
-        print(f"done: {out}")
+        print(f"done: {out}\nlook at {out}/samples and {out}/curve.png; compare with the base: python eval.py {out}")
         return out
+
+
+def merge(run, out):
+    """Write the base of a run with its LoRA folded in as a whole diffusers pipeline."""
+    saved = read_run(run)
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; name another folder")
+    G = load_generator(saved["model"], random_init=saved["random_init"])
+    if saved["full"]:
+        G.pipe.unet = type(G.unet).from_pretrained(Path(run) / "unet")
+    else:
+        G.load_lora(run)
+        G.remove_lora(merge=True)
+    G.pipe.save_pretrained(out)
+    print(f"wrote {out}: DiffusionPipeline.from_pretrained('{out}') loads it")
 
 
 # ======================================================================================================================
@@ -1556,54 +1482,29 @@ def numbers(text):
 
 
 def parse(argv):
-    """Command line -> Config: what is given, else the model's preset, else Config's default; or with --resume the run's."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Command line -> Config: what is given, else the model's preset, else Config's default; with --resume the run's."""
+    parser = Parser(prog="drpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     for f in fields(Config):
-        flag, kw = "--" + f.name.replace("_", "-"), dict(f.metadata, default=argparse.SUPPRESS)
-        kw["help"] = kw["help"].replace("%", "%%") + f" [{f.default}]"
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=numbers if f.type is tuple else f.type)
-        parser.add_argument(flag, **kind, **kw)
-    parser.add_argument("--change", action="store_true", help="with --resume: settings given here replace the run's, on purpose")
+        kw = dict(action="store_true") if f.type is bool else dict(type=numbers if f.type is tuple else f.type)
+        kw |= dict(f.metadata, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
+        parser.add_argument("--" + f.name.replace("_", "-"), **kw)
     parser.add_argument("--merge", nargs=2, metavar=("RUN", "OUT"), help="write a diffusers pipeline with the LoRA folded in")
     given = vars(parser.parse_args(argv))
-    change, merge_args = given.pop("change"), given.pop("merge")
-    if merge_args:
-        return merge(*merge_args)
+    if given.get("merge"):
+        return given["merge"]
+    del given["merge"]
     if "resume" not in given:
         return Config(**{**PRESETS[layout(given.get("model", Config.model))], **given})
-    saved = load_checkpoint(given["resume"])["config"]
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    changed = [k for k, v in given.items() if v != saved.get(k) and k not in FREE]
-    if changed and not change:
-        raise UserError("; ".join(f"--{k.replace('_', '-')} was {saved.get(k)} in {given['resume']}, now {given[k]}" for k in changed)
-                        + ": leave it out, or add --change to go on with it on purpose")
-    return Config(**{**saved, **given})
-
-
-def merge(run, out):
-    """Write the base of a run with its LoRA folded in as a whole diffusers pipeline."""
-    config = Path(run) / "config.json"
-    if not config.is_file():
-        raise UserError(f"{run}: no run (no config.json in it)")
-    if Path(out).exists():
-        raise UserError(f"{out} exists already; name another folder")
-    saved = json.loads(config.read_text())
-    G = load_generator(saved["model"], random_init=saved["random_init"])
-    if saved["full"]:
-        G.pipe.unet = type(G.unet).from_pretrained(Path(run) / "unet")
-    else:
-        G.load_lora(run)
-        G.remove_lora(merge=True)
-    G.pipe.save_pretrained(out)
-    print(f"wrote {out}")
+    saved = read_run(given["resume"])
+    return Config(**{f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved} | {"change": False} | given)
 
 
 def main(argv=None):
-    """python drpo.py ...; what the user can mend ends with one line and exit code 2."""
+    """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
-        if cfg:
-            train(cfg)
+        todo = parse(sys.argv[1:] if argv is None else argv)
+        train(todo) if isinstance(todo, Config) else merge(*todo)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

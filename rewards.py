@@ -11,7 +11,7 @@ server, a judge or a person. The whole contract is one call:
 
 A spec is `name[=weight],name[=weight],...` where a name is one of
     pickscore                        a name from REWARDS (`python rewards.py list`)
-    pickscore@/path/to/copy          the same with its files read from a folder (what belongs there: the docstrings below)
+    pickscore@/path/to/copy          the same with its files read from a folder (its docstring says which files)
     my_file.py:function              a function(images, prompts), or a class that is instantiated without arguments
     package.module:name              the same from an importable module
     http://127.0.0.1:8000            a reward served by `python rewards.py serve NAME`, here or on another machine
@@ -19,39 +19,21 @@ A spec is `name[=weight],name[=weight],...` where a name is one of
 The weight is what follows the last `=`; in the query of a URL the first `=` of a pair is the pair's own, so
 `vlm@http://host/v1?model=m=0.5` has weight 0.5. Names hold no comma.
 
-Two optional attributes of a reward callable: `batch_size` (at most so many pictures a call), and
-`score_tensor(images, prompts)`, which takes pictures as a float tensor (B,3,H,W) in [0,1] and saves the PIL round trip.
+Optional attributes of a reward callable: `batch_size` (at most so many pictures a call);
+`score_tensor(images, prompts)`, which takes the pictures as a float tensor (B,3,H,W) in [0,1] and saves the round trip
+through PIL; and, where right and wrong can be told, `correct(images, prompts)` -> list of bool (None: not judged) and
+`tag(prompt)` -> its task.
 
     python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py list
     python rewards.py serve NAME [--port 8000] [--host 127.0.0.1]
 
 Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PATIENCE (seconds that a client goes on
-trying, 600), REWARD_TIMEOUT (seconds for one answer, 120), VLM_TOKEN or OPENAI_API_KEY (bearer token of the judge).
+trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or OPENAI_API_KEY (bearer token of the judge).
 """
-import argparse
-import base64
-import binascii
-import difflib
-import hmac
-import http.client
-import importlib
-import importlib.util
-import inspect
-import io
-import json
-import math
-import numbers
-import os
-import re
-import sys
-import tempfile
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import zlib
+
+import argparse, base64, binascii, difflib, hmac, http.client, importlib.util, inspect, io, itertools, json, math, numbers, os
+import re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -88,7 +70,7 @@ def parse(spec):
     weights = {}
     for item in str(spec).split(","):
         name, weight = item.strip(), "1"
-        last_pair = re.search(r"://.*[?&](.*)", name)
+        last_pair = re.search(r"\?(?:.*&)?(.*)", name)
         if name.count("=") and (last_pair is None or last_pair[1].count("=") > 1):
             name, _, weight = (text.strip() for text in name.rpartition("="))
         if not name:
@@ -166,14 +148,16 @@ class Reward:
         -> {part: float32 CPU tensor (B,)}, native scales. UserError: a part raised, or did not give B real numbers."""
         if len(images) != len(prompts):
             raise UserError(f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts")
-        pictures, scores = None, {}
+        pictures, scores = images, {}
+        if isinstance(images, torch.Tensor):
+            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+                raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in [0,1], "
+                                f"not {images.dtype} {tuple(images.shape)}")
+            if not all(hasattr(part, "score_tensor") for part in self.parts.values()):
+                pictures = to_pil(images)
         for name, part in self.parts.items():
-            batch, call = images, part
-            if isinstance(images, torch.Tensor):
-                call = getattr(part, "score_tensor", None)
-                if call is None:
-                    pictures = pictures or to_pil(images)
-                    batch, call = pictures, part
+            call = getattr(part, "score_tensor", None) if isinstance(images, torch.Tensor) else None
+            batch, call = (images, call) if call else (pictures, part)
             size = getattr(part, "batch_size", None) or max(len(prompts), 1)
             chunks = [checked(name, call, batch[i:i + size], prompts[i:i + size])
                       for i in range(0, len(prompts), size)]
@@ -211,7 +195,7 @@ def checked(name, call, images, prompts):
     """call(images, prompts), which must give len(images) real numbers or NaN -> float32 CPU tensor (B,)."""
     try:
         values = call(images, prompts)
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):  # the caller may know a smaller batch
         raise
     except Exception as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
@@ -231,7 +215,8 @@ def checked(name, call, images, prompts):
     values = [v.item() if isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim == 0 else v for v in values]
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise UserError(f"{says} {value!r:.40} ({type(value).__name__}) for image {i}; {rule}, NaN = no opinion")
+            shown = " ".join(repr(value).split())[:40]
+            raise UserError(f"{says} {shown} ({type(value).__name__}) for image {i}; {rule}, NaN = no opinion")
     scores = torch.tensor([float(value) for value in values], dtype=torch.float64).float()
     if scores.isinf().any():
         i = scores.isinf().nonzero()[0].item()
@@ -273,21 +258,19 @@ def tokenizer_at(repo, path, max_length):
     """The tokenizer in folder `path` if one lies there, else of the hub's `repo`, as a function of a list of texts ->
     input_ids and attention_mask, (B, max_length)."""
     from transformers import AutoTokenizer
-    here = path and (Path(path) / "tokenizer_config.json").exists()
+    here = path and any((Path(path) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json", "vocab.json"))
     tokenizer = AutoTokenizer.from_pretrained(path if here else repo)
     return lambda texts: tokenizer(texts, padding="max_length", truncation=True, max_length=max_length,
                                    return_tensors="pt")
 
 
-def frozen(cls, source, device, dtype=None, **options):
-    """cls.from_pretrained(source) in eval mode on the device; half precision on a GPU unless a dtype is given.
-
-    `source` is None when the options bring config and state_dict. A weight the source lacks is an error, never random.
-    """
-    model, report = cls.from_pretrained(source, dtype=dtype or half_on(device), output_loading_info=True, **options)
+def frozen(cls, source, **options):
+    """cls.from_pretrained(source) in float32 on the CPU, in eval mode. `source` is None when the options bring config
+    and state_dict. A weight that the source lacks is an error, never random."""
+    model, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ValueError(f"{len(report['missing_keys'])} weights missing, {sorted(report['missing_keys'])[0]} first")
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def half_on(device):
@@ -356,12 +339,178 @@ def jpeg(images, prompts):
     return [-size for size in incompressibility(images, prompts)]
 
 
-# --- scene: the toy's checker goes here ---
+SCENE_COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
+                "blue": (50, 118, 216), "purple": (150, 82, 192), "black": (50, 54, 64)}
+SCENE_SHAPES = ("circle", "square", "triangle")
+_COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+_SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+_NOUN = rf"(?:({'|'.join(_COUNTS)}) )?(?:({'|'.join(SCENE_COLORS)}) )?({'|'.join(SCENE_SHAPES)})(?:s)?"
+_CAPTION = re.compile(rf"(?:an? (?:photo|picture|drawing|image) of )?{_NOUN}(?: (and|{'|'.join(_SIDES)}) {_NOUN})?[.]?")
+
+
+def _parse(prompt):
+    """A caption -> (objects, side): a list of (shape, colour or None) and None or the unit vector from object 2 to
+    object 1. None for a caption that is not of this small language."""
+    match = _CAPTION.fullmatch(" ".join(prompt.lower().split()))
+    if not match:
+        return None
+    count, color, shape, joint, count2, color2, shape2 = match.groups()
+    objects = [(shape, color)] * _COUNTS[count or "a"]
+    if joint:
+        objects += [(shape2, color2)] * _COUNTS[count2 or "a"]
+    side = _SIDES.get(joint)
+    return None if side and len(objects) != 2 else (objects, side)
+
+
+def _components(mask, least):
+    """Connected regions (4 neighbours) of at least so many pixels of a boolean picture (H, W): a list of boolean
+    pictures, largest first. Each row's and column's unbroken runs take their largest label until nothing changes."""
+    def runs(m):
+        edge = np.ones(m.shape, bool)
+        edge[:, 1:] = m[:, 1:] != m[:, :-1]
+        starts = np.flatnonzero(edge)
+        return starts, np.diff(np.append(starts, m.size))
+
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    along, down, before = runs(mask), runs(mask.T), None
+    while before is None or not np.array_equal(before, labels):
+        before = labels
+        for starts, lengths in (along, down):  # transposed after each: columns are the rows of the transpose
+            labels = np.repeat(np.maximum.reduceat(labels.ravel(), starts), lengths).reshape(labels.shape).T
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    order = np.argsort(-counts, kind="stable")
+    return [labels == value for value in order[:np.count_nonzero(counts >= least)]]
+
+
+def _shape(mask):
+    """The shape of a region (H, W) and how well it fits, in [0, 1]: its overlap (intersection over union) with a
+    circle, a square and an upright triangle drawn into its own bounding box."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    region = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    height, width = region.shape
+    if not 0.6 < width / height < 1.67:
+        return None, 0.0
+    y, x = (np.arange(height)[:, None] + 0.5) / height * 2 - 1, (np.arange(width)[None] + 0.5) / width * 2 - 1
+    ideals = (x ** 2 + y ** 2 <= 1.02, np.ones_like(region), np.abs(x) <= (y + 1) / 2 + 1 / width)
+    fits = [(region & ideal).sum() / (region | ideal).sum() for ideal in ideals]
+    best = int(np.argmax(fits))
+    return SCENE_SHAPES[best], float(fits[best])
+
+
+def _look(image):
+    """A PIL picture -> (objects, readable). objects: a list of (shape, colour, x, y, size), x and y the centre and size
+    the square root of the area, all as fractions of the picture. readable: every region on the plain background is one
+    clean shape in one clean colour."""
+    pixels = np.asarray(image.convert("RGB").resize((64, 64)) if image.size != (64, 64) else image.convert("RGB"))
+    pixels = pixels.astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = np.median(border, axis=0)
+    palette = np.array(list(SCENE_COLORS.values()), np.float32)
+    # How far each pixel has gone from the paper to each colour (0 to 1), and how far it lies beside that line.
+    toward = palette - paper
+    length = np.maximum((toward ** 2).sum(1), 1)
+    along = (pixels - paper) @ toward.T / length
+    far = np.linalg.norm(pixels - paper, axis=2)
+    beside = np.sqrt(np.maximum(far[..., None] ** 2 - along ** 2 * length, 0))
+    score = beside + 60 * np.abs(along - np.clip(along, 0, 1))
+    name = score.argmin(2)
+    cover = np.take_along_axis(along, name[..., None], 2)[..., 0]
+    inked = (cover > 0.5) & (far > 40)
+    objects, readable, stray = [], paper.min() > 190, int(inked.sum())
+    for region in _components(inked, least=25):
+        area = int(region.sum())
+        stray -= area
+        tint = np.median(pixels[region], axis=0)
+        distance = np.linalg.norm(palette - tint, axis=1)
+        color = int(distance.argmin())
+        inner = region & np.roll(region, 1, 0) & np.roll(region, -1, 0) & np.roll(region, 1, 1) & np.roll(region, -1, 1)
+        off = np.linalg.norm(pixels[inner] - palette[color], axis=1)  # away from the edge, where paper mixes in
+        shape, fit = _shape(region)
+        clean = distance[color] < 45 and (off > 60).mean() < 0.2 and fit > 0.8 if len(off) else False
+        readable = readable and bool(clean)
+        y, x = np.nonzero(region)
+        objects.append((shape if fit > 0.8 else None, list(SCENE_COLORS)[color] if distance[color] < 60 else None,
+                        float(x.mean() + 0.5) / 64, float(y.mean() + 0.5) / 64, area ** 0.5 / 64))
+    near = np.pad(inked, 1)
+    near = near[1:-1, 1:-1] | near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
+    noisy = ((far > 40) & ~near).sum()  # ink that belongs to no region
+    return objects, bool(readable and objects and len(objects) <= 6 and stray + noisy <= 20)
+
+
+def _score(image, prompt):
+    """The graded score of one picture: see scene."""
+    parsed = _parse(prompt)
+    if parsed is None:
+        return float("nan")
+    wanted, side = parsed
+    objects, readable = _look(image)
+    objects = objects[:6]
+    longer = max(len(wanted), len(objects), 1)
+    best = 0.0
+    for order in itertools.permutations(range(len(objects)), min(len(wanted), len(objects))):
+        pairs = [(want, objects[i]) for want, i in zip(wanted, order)]
+        # Fewer objects than wanted: try which of the wanted ones they are.
+        for chosen in ([pairs] if len(objects) >= len(wanted) else
+                       [[(w, objects[i]) for w, i in zip(some, order)]
+                        for some in itertools.combinations(wanted, len(objects))]):
+            value = sum(0.5 * (shape == o[0]) + 0.5 * (shape == o[0] if color is None else color == o[1])
+                        for (shape, color), o in chosen)
+            value /= longer
+            if side and len(chosen) == 2:
+                dx, dy = chosen[0][1][2] - chosen[1][1][2], chosen[0][1][3] - chosen[1][1][3]
+                ahead, across = dx * side[0] + dy * side[1], abs(dx * side[1]) + abs(dy * side[0])
+                value = value * 0.5 + 0.5 * (ahead > max(across, 0.05))
+            elif side:
+                value *= 0.5
+            best = max(best, value)
+    return best if readable else 0.5 * best
+
+
+def scene(images, prompts):
+    """How well pictures of coloured shapes follow their captions, 0 to 1, and exactly 1 only where all is right.
+
+    model    none: a program
+    licence  none
+    size     0
+    scale    0 to 1; the toy's captions alone, every other one gives NaN
+
+    A list of PIL pictures and one of captions -> a list of floats. The picture is split into regions by colour, each
+    region gets a shape and a colour, and the best assignment of regions to the caption's objects counts: half for the
+    shape and half for the colour of each, over the larger number of the two; then half for the side, if one is named.
+    An unreadable picture (smears, specks, unknown colours, nothing at all) gets half of that at most. A caption
+    outside the toy's language ("a red circle", "three blue squares", "a circle above a square") gives NaN: no opinion.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"scene: {len(images)} images but {len(prompts)} prompts")
+    return [_score(image, prompt) for image, prompt in zip(images, prompts)]
+
+
+def _tag(prompt):
+    """The kind of a caption, by GenEval's names; None where scene has no opinion."""
+    parsed = _parse(prompt)
+    if parsed is None:
+        return None
+    objects, side = parsed
+    colored = all(color for _, color in objects)
+    if side:
+        return "position"
+    if len(objects) == 1:
+        return "colors" if colored else "single_object"
+    if len(set(objects)) == 1:
+        return "counting"
+    return "color_attr" if colored else "two_object"
+
+
+scene.tag = _tag
+scene.readable = lambda image: _look(image)[1]
+scene.correct = lambda images, prompts: [score == 1 for score in scene(images, prompts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CLIP and its descendants
 
+CLIP_L, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 VIT_H = {  # open_clip's ViT-H-14, which PickScore and HPSv2 are tuned from
     "projection_dim": 1024,
@@ -383,8 +532,8 @@ def clip_pixels(images, device, size=224, whole=False):
 
     The short side is resized to `size` and the middle cut out; `whole` resizes the long side instead and pads with
     black. A tensor goes through the same arithmetic as PIL's bicubic filter, rounding between its two passes included,
-    so that a picture scores the same before and after it is saved: pixels differ by at most one level of 255, in less
-    than one of a thousand.
+    so that a picture scores the same before and after it is saved: where it shrinks, less than one value in a thousand
+    differs, by one level of 255; where it is enlarged, less than one in a hundred, by at most two.
     """
     if isinstance(images, torch.Tensor):
         batches = [tensor_resize(images.to(device), size, whole)]
@@ -417,7 +566,7 @@ def tensor_resize(x, size, whole):
     width, height = resized(x.shape[-1], x.shape[-2], size, whole)
     x = (x.float().clamp(0, 1) * 255).round()
     for shape in ((x.shape[-2], width), (height, width)):
-        x = F.interpolate(x, size=shape, mode="bicubic", antialias=True).clamp(0, 255).round()
+        x = F.interpolate(x, size=shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
     return x
 
 
@@ -427,9 +576,10 @@ class Clip:
     The embedding of each prompt is computed once and kept: all candidates of a prompt share it.
     """
 
-    def __init__(self, model, tokenize, whole=False):
-        self.model, self.tokenize, self.whole, self.known = model, tokenize, whole, {}
-        self.size, self.scale = model.config.vision_config.image_size, model.logit_scale.detach().float().exp().item()
+    def __init__(self, model, tokenize, device, whole=False):
+        self.tokenize, self.whole, self.known = tokenize, whole, {}
+        self.size, self.scale = model.config.vision_config.image_size, model.logit_scale.float().exp().item()
+        self.model = model.to(device, half_on(device))  # after the scale: in half precision it would be 0.2% off
 
     @torch.no_grad()
     def image(self, images):
@@ -457,11 +607,11 @@ class Clip:
         return (self.image(images) * self.text(texts)).sum(-1)
 
 
-def clip_at(name, repo, device, path, whole=False):
+def clip_at(name, repo, device, path):
     """CLIP from a folder or the hub -> Clip."""
     from transformers import CLIPModel
-    with fetching(name, "CLIPModel and its tokenizer", repo, path):
-        return Clip(frozen(CLIPModel, path or repo, device), tokenizer_at(repo, path, 77), whole)
+    with fetching(name, "config.json, model.safetensors and the tokenizer", repo, path):
+        return Clip(frozen(CLIPModel, path or repo), tokenizer_at(repo, path, 77), device)
 
 
 def random_clip(device):
@@ -481,7 +631,7 @@ def random_clip(device):
             model = CLIPModel(config)
     finally:
         torch.set_default_dtype(default)
-    return Clip(model.eval().requires_grad_(False), tokenize)
+    return Clip(model.eval().requires_grad_(False), tokenize, device)
 
 
 def pickscore(device="cpu", path=None):
@@ -494,11 +644,8 @@ def pickscore(device="cpu", path=None):
     source   Kirstain et al. 2023, arXiv 2305.01569
     path     a copy of the repository; `pickscore@random`: random weights of the true size, to measure time
     """
-    clip = random_clip(device) if path == "random" else clip_at("pickscore", "yuvalkirstain/PickScore_v1", device, path)
-    return takes_tensors(lambda images, prompts: clip.scale * clip.cosine(images, prompts), 256)
-
-
-CLIP_L = "openai/clip-vit-large-patch14"
+    model = random_clip(device) if path == "random" else clip_at("pickscore", PICKSCORE, device, path)
+    return takes_tensors(lambda images, prompts: model.scale * model.cosine(images, prompts), 256)
 
 
 def clip(device="cpu", path=None):
@@ -547,10 +694,9 @@ def hpsv2(device="cpu", path=None):
     repo, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
     with fetching("hpsv2", file, repo, path):
         weights = torch.load(repo_file(repo, file, path), map_location="cpu", weights_only=True)["state_dict"]
-        model = frozen(CLIPModel, None, device, config=CLIPConfig(**VIT_H), state_dict=from_open_clip(weights))
-    with fetching("hpsv2", "the tokenizer", "yuvalkirstain/PickScore_v1", None):
-        tokenize = tokenizer_at("yuvalkirstain/PickScore_v1", path, 77)
-    model = Clip(model, tokenize, whole=True)
+        model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=from_open_clip(weights))
+    with fetching("hpsv2", "the tokenizer", PICKSCORE, None):
+        model = Clip(model, tokenizer_at(PICKSCORE, path, 77), device, whole=True)
     return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
 
 
@@ -641,10 +787,9 @@ def from_blip(weights, device):
             seen[renamed(key, BLIP_NAMES)] = value
         elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
             read[key.removeprefix("blip.text_encoder.")] = value
-    vision = frozen(BlipVisionModel, None, device, config=BlipVisionConfig(**BLIP_VISION), state_dict=seen)
-    text = frozen(BlipTextModel, None, device, config=BlipTextConfig(**BLIP_TEXT), state_dict=read,
-                  add_pooling_layer=False)
-    return vision, text
+    vision = frozen(BlipVisionModel, None, config=BlipVisionConfig(**BLIP_VISION), state_dict=seen)
+    text = frozen(BlipTextModel, None, config=BlipTextConfig(**BLIP_TEXT), state_dict=read, add_pooling_layer=False)
+    return vision.to(device, half_on(device)), text.to(device, half_on(device))
 
 
 def hpsv3(device="cpu", path=None):
@@ -681,10 +826,10 @@ def hpsv3(device="cpu", path=None):
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
 parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
 tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza,
-donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote,
-computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-hair drier, toothbrush""".replace("\n", " ").split(", ")
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
+tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 GENEVAL_PROMPTS = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
@@ -788,7 +933,7 @@ class Detector:
                 self.model = Mask2FormerModel(config)
                 self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
                 self.post_init()
-        self.trunk, self.device = frozen(Trunk, source, device, dtype=torch.float32), device
+        self.trunk, self.device = frozen(Trunk, source).to(device), device
         if self.trunk.config.num_labels != len(COCO):
             raise ValueError(f"the detector knows {self.trunk.config.num_labels} classes, not the 80 of COCO")
 
@@ -885,10 +1030,13 @@ def geneval_metadata(path=None):
         try:
             if line.strip():
                 wanted = json.loads(line)
+                missing = {"prompt", "tag", "include"} - set(wanted)
+                if missing:
+                    raise ValueError(f"it lacks {sorted(missing)}")
                 unknown = {c["class"] for c in wanted["include"] + wanted.get("exclude", [])} - set(COCO)
                 if unknown:
                     raise ValueError(f"classes that COCO lacks: {sorted(unknown)}")
-                metadata[wanted["prompt"]] = wanted | {"tag": wanted["tag"]}
+                metadata[wanted["prompt"]] = wanted
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number}: {one_line(error)}") from error
     return metadata
@@ -911,8 +1059,8 @@ def geneval(device="cpu", path=None):
     try:
         metadata = geneval_metadata(local("evaluation_metadata.jsonl") if folder else path)
     except Exception as error:
-        raise UserError(f"reward 'geneval': cannot read the prompts from {path or GENEVAL_PROMPTS} "
-                        f"({one_line(error)}); for a local copy give geneval@/path/to/evaluation_metadata.jsonl") from error
+        raise UserError(f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS} ({one_line(error)}); for a local "
+                        "copy give geneval@/path/to/evaluation_metadata.jsonl") from error
     repo = "facebook/mask2former-swin-small-coco-instance"
     with fetching("geneval", "the detector", repo, local("mask2former")):
         detect = Detector(local("mask2former") or repo, device)
@@ -938,25 +1086,27 @@ def post_json(url, payload, token, who):
     after what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is a UserError at once."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     body = json.dumps(payload).encode()
-    patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 120)
+    patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 300)
     deadline, pause = time.monotonic() + patience, 0.5
     while True:
         asked = 0
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
-                text = answer.read()
-            WAITING.discard(url)
-            return json.loads(text)
-        except urllib.error.HTTPError as error:
-            trouble = f"HTTP {error.code}: {' '.join(error.read(1000).decode(errors='replace').split())[:200]}"
-            if error.code != 429 and error.code < 500:
-                raise UserError(f"{who}: {trouble}") from None
-            given = error.headers.get("Retry-After", "")
-            asked = int(given) if given.isdigit() else 0
+            try:
+                answer = urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout)
+            except urllib.error.HTTPError as refusal:
+                answer = refusal
+            with answer:
+                status, text, given = answer.status, answer.read(), answer.headers.get("Retry-After", "")
         except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and broken connections among them
-            trouble = one_line(getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error)
-        except ValueError as error:
-            raise UserError(f"{who}: its answer is not JSON ({one_line(error)})") from None
+            trouble = one_line(error)
+        else:
+            trouble = f"HTTP {status}: {' '.join(text.decode(errors='replace').split())[:200]}"
+            asked = int(given) if given.isdecimal() else 0
+            if status < 400:
+                WAITING.discard(url)
+                return parsed(text, who)
+            if status != 429 and status < 500:
+                raise UserError(f"{who}: {trouble}")
         left = deadline - time.monotonic()
         if left <= 0:
             raise UserError(f"{who}: {trouble}; gave up after {patience:g} s (REWARD_PATIENCE)")
@@ -965,6 +1115,14 @@ def post_json(url, payload, token, who):
             print(f"{who}: {trouble}; trying again for up to {patience:g} s", file=sys.stderr, flush=True)
         time.sleep(min(max(pause, asked), left))
         pause = min(2 * pause, 10)
+
+
+def parsed(text, who):
+    """JSON text -> value."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{who}: its answer is not JSON ({one_line(error)})") from None
 
 
 def base64_image(image, kind, **options):
@@ -986,7 +1144,7 @@ def checked_url(name, url):
 
 
 class Http:
-    """A reward served by `python rewards.py serve`: POST {url}/score, 64 pictures at a time, retried as `post_json` says.
+    """A reward served by `python rewards.py serve`: POST {url}/score, 64 pictures at a time, retried by `post_json`.
 
     The bearer token, if the server wants one, is REWARD_TOKEN of the environment.
     """
@@ -1068,7 +1226,7 @@ def vlm(device="cpu", path=None):
 
 class Handler(BaseHTTPRequestHandler):
     """POST /score {"prompts": [...], "images": [base64 PNG, JPEG or WebP, ...]} -> {"scores": [number or null, ...]};
-    GET /health -> {"name": ...}. Whatever is wrong with a request gets one line {"error": ...}, and the server lives."""
+    GET /health -> {"name": ...}. Whatever is wrong with a request gets {"error": one line}, and the server lives."""
     timeout = 60  # seconds of silence that a client may keep a thread waiting
 
     def log_message(self, *_):
@@ -1092,25 +1250,23 @@ class Handler(BaseHTTPRequestHandler):
         """Score."""
         self.unread = 0
         try:
-            self.answer(200, {"scores": self.scores(self.body())})
-        except Refused as refusal:
-            self.answer(refusal.args[0], {"error": refusal.args[1]})
-            self.wfile.flush()
-            self.drain()
-        except OSError:  # the client left
+            try:
+                self.answer(200, {"scores": self.scores(self.body())})
+            except Refused as refusal:
+                self.answer(refusal.args[0], {"error": refusal.args[1]})
+                self.drain()
+        except OSError:  # the client left, or fell silent
             self.close_connection = True
 
     def body(self):
         """The request's body, if its sender, place and size are right."""
         length = self.headers.get("Content-Length", "")
-        self.unread = int(length) if length.isdigit() else 0
+        self.unread = int(length) if length.isdecimal() and len(length) < 20 else 0
         token, given = self.server.token, self.headers.get("Authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Refused(401, "wrong or missing bearer token")
         if self.path != "/score":
             raise Refused(404, "not found: POST /score or GET /health")
-        if not length.isdigit():
-            raise Refused(411, "a Content-Length is needed")
         if self.unread > self.server.max_body:
             raise Refused(413, f"body of {self.unread} bytes, at most {self.server.max_body} are taken")
         body = self.rfile.read(self.unread)
@@ -1122,19 +1278,17 @@ class Handler(BaseHTTPRequestHandler):
         look to it like a broken server, and it would try again."""
         self.connection.settimeout(2)
         self.unread = min(self.unread, 1 << 31)
-        try:
-            while self.unread > 0 and (chunk := self.rfile.read1(min(self.unread, 1 << 20))):
-                self.unread -= len(chunk)
-        except OSError:
-            pass
+        while self.unread > 0 and (chunk := self.rfile.read1(min(self.unread, 1 << 20))):
+            self.unread -= len(chunk)
 
     def scores(self, body):
         """JSON bytes -> list of numbers, None for NaN."""
         try:
             request = json.loads(body)
             prompts, texts = request["prompts"], request["images"]
-            assert isinstance(prompts, list) and isinstance(texts, list) and all(isinstance(p, str) for p in prompts)
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+            if not isinstance(prompts, list) or not isinstance(texts, list) or {type(p) for p in prompts} - {str}:
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Refused(400, 'the body is not JSON {"prompts": [text, ...], "images": [base64, ...]}') from None
         if len(prompts) != len(texts):
             raise Refused(400, f"{len(prompts)} prompts but {len(texts)} images")
@@ -1182,10 +1336,8 @@ def server(reward, host="127.0.0.1", port=8000, token=None, max_body=256 * 2**20
 REWARDS = {
     "pickscore": pickscore, "clip": clip, "aesthetic": aesthetic, "hpsv2": hpsv2, "imagereward": imagereward,
     "hpsv3": hpsv3, "geneval": geneval, "jpeg": no_files(jpeg), "incompressibility": no_files(incompressibility),
-    "vlm": vlm,
+    "scene": no_files(scene), "vlm": vlm,
 }
-if "scene" in globals():
-    REWARDS["scene"] = no_files(globals()["scene"])
 
 
 def table():

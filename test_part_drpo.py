@@ -1,0 +1,2074 @@
+"""Tests of drpo.py: values against independent computations (float64 loops, autograd, diffusers, peft), bad input, faults."""
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: threads only wait for each other
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import drpo
+
+HERE = Path(drpo.__file__).resolve().parent
+KERNELS = ("laplacian", "rbf", "cosine")
+RADII = ((0.02, 0.05, 0.2), (0.2, 0.5, 1.0), (0.7,))
+
+# ======================================================================================================================
+# 1. The field against float64 loops written from the equations alone.
+# ======================================================================================================================
+
+
+def _dp_unit(V):
+    """V / RMS, in float64, and the RMS."""
+    rms = math.sqrt(float((V ** 2).mean()))
+    return (V / rms if rms > 0 else V), rms
+
+
+def _dp_scale(pairs):
+    """Mean of the distances that are not 0."""
+    d = [math.sqrt(sum((x - y) ** 2 for x, y in zip(p, q))) for p, q in pairs]
+    d = [x for x in d if x > 0]
+    return sum(d) / len(d) if d else 1.0
+
+
+def _dp_grad_k(z, a, tau, radius, kernel):
+    """grad_z k(z, a), one pair of float64 vectors."""
+    diff, n = z - a, np.linalg.norm(z - a)
+    if n == 0:
+        return np.zeros_like(z)
+    if kernel == "rbf":
+        return -math.exp(-n ** 2 / (2 * tau ** 2)) * diff / tau ** 2
+    if kernel == "cosine":
+        z_hat, a_hat = z / np.linalg.norm(z), a / np.linalg.norm(a)
+        cos = float(z_hat @ a_hat)
+        return math.exp(cos / radius) * (a_hat - cos * z_hat) / (radius * np.linalg.norm(z))
+    return -math.exp(-n / tau) * diff / (tau * n)
+
+
+def _dp_dipole(z, positive, negative, radii, kernel):
+    """-> field (N, D), and the RMS of each radius before normalisation."""
+    s = _dp_scale([(x, y) for x in z for y in [*positive, *negative]])
+    total, all_rms = 0, []
+    for radius in radii:
+        V = np.zeros_like(z)
+        for i in range(len(z)):
+            for a in positive:
+                V[i] += _dp_grad_k(z[i], a, radius * s, radius, kernel)
+            for a in negative:
+                V[i] -= _dp_grad_k(z[i], a, radius * s, radius, kernel)
+        V, rms = _dp_unit(V)
+        total, all_rms = total + V, all_rms + [rms]
+    return total, all_rms
+
+
+def _dp_log_k(z, a, tau, radius, kernel):
+    n = np.linalg.norm(z - a)
+    if kernel == "cosine":
+        return float(z @ a) / np.linalg.norm(z) / np.linalg.norm(a) / radius
+    return -n ** 2 / (2 * tau ** 2) if kernel == "rbf" else -n / tau
+
+
+def _dp_mean_shift(z, points, tau, radius, kernel):
+    """sum_b k(z, b) b / sum_b k(z, b)."""
+    logs = [_dp_log_k(z, b, tau, radius, kernel) for b in points]
+    weights = [math.exp(x - max(logs)) for x in logs]
+    return sum(w * b for w, b in zip(weights, points)) / sum(weights)
+
+
+def _dp_drift(z, reference, radii, kernel):
+    s = _dp_scale([(x, y) for x in z for y in [*z, *reference]])
+    total, all_rms = 0, []
+    for radius in radii:
+        V = np.zeros_like(z)
+        for i in range(len(z)):
+            others = [z[j] for j in range(len(z)) if j != i]
+            V[i] = (_dp_mean_shift(z[i], reference, radius * s, radius, kernel)
+                    - _dp_mean_shift(z[i], others, radius * s, radius, kernel))
+        V, rms = _dp_unit(V)
+        total, all_rms = total + V, all_rms + [rms]
+    return total, all_rms
+
+
+def _dp_released(z, positive, negative, radii, kernel, w_pos=3000.0, w_neg=3000.0, negative_is_self=False):
+    """The authors' arithmetic, entry by entry, in float64 -> force in units of s / sqrt(D), s."""
+    N, D, M = len(z), z.shape[1], len(negative)
+    y = [*z, *negative, *positive]
+    w = [1.0] * N + [w_neg] * M + [w_pos] * len(positive)
+    Y = len(y)
+    d = [[max(math.sqrt(sum((p - q) ** 2 for p, q in zip(z[i], y[j]))), 1e-4) for j in range(Y)] for i in range(N)]
+    s = max(sum(d[i][j] * w[j] for i in range(N) for j in range(Y)) / (N * Y) / (sum(w) / Y), 1e-3)
+    total = np.zeros_like(z)
+    for radius in radii:
+        logits = np.zeros((N, Y))
+        for i, j in itertools.product(range(N), range(Y)):
+            if kernel == "cosine":
+                logits[i, j] = float(z[i] @ y[j]) / np.linalg.norm(z[i]) / np.linalg.norm(y[j]) / radius
+            else:
+                t = d[i][j] / (s * radius)
+                logits[i, j] = -t ** 2 / 2 if kernel == "rbf" else -t
+            if i == j or (negative_is_self and j == N + i):
+                logits[i, j] -= 100 / radius
+        rows = [logits[i].max() + math.log(sum(math.exp(x - logits[i].max()) for x in logits[i])) for i in range(N)]
+        columns = [logits[:, j].max() + math.log(sum(math.exp(x - logits[:, j].max()) for x in logits[:, j])) for j in range(Y)]
+        force = np.zeros_like(z)
+        for i in range(N):
+            A = [math.sqrt(max(math.exp(2 * logits[i, j] - rows[i] - columns[j]), 1e-6)) * w[j] for j in range(Y)]
+            minus, plus = sum(A[:N + M]), sum(A[N + M:])
+            coef = [-A[j] * plus if j < N + M else A[j] * minus for j in range(Y)]
+            force[i] = (sum(c * v for c, v in zip(coef, y)) - sum(coef) * z[i]) / (s / math.sqrt(D))
+        total += force / math.sqrt(max(float((force ** 2).mean()), 1e-8))
+    return total, s
+
+
+def _dp_close(got, want, tolerance=1e-5):
+    """Largest error of a float32 tensor relative to the RMS of a float64 array."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want)
+    assert np.isfinite(got).all()
+    error = np.abs(got - want).max() / max(math.sqrt(float((want ** 2).mean())), 1e-30)
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def _dp_sets(seed, N=9, D=7, M=3, offset=0.0):
+    """z (N, D), reference (N, D) near it, and anchors that are rows of z."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, D, generator=g) + offset
+    reference = z + 0.3 * torch.randn(N, D, generator=g)
+    return z, reference, z[:M].clone(), z[-M:].clone()
+
+
+def _dp_64(*tensors):
+    return [t.double().numpy() for t in tensors]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("radii", RADII)
+def test_dipole_field_equals_float64_loop(kernel, radii):
+    """With anchors among the samples, as in training, and with anchors of their own."""
+    for seed, offset in ((0, 0.0), (1, 2.0)):
+        z, other, positive, negative = _dp_sets(seed, offset=offset)
+        for p, n in ((positive, negative), (other[:4], other[4:6])):
+            want, want_rms = _dp_dipole(*_dp_64(z, p, n), radii, kernel)
+            got, rms = drpo.dipole_field(z, p, n, radii=radii, kernel=kernel, return_rms=True)
+            small = kernel == "rbf" and min(radii) < 0.1  # exponents of -1000, whose float32 rounding is 1e-4
+            _dp_close(got, want, 3e-4 if small else 1e-5)
+            shown = np.array(want_rms) > 1e-30  # below, float32 has no number for it
+            np.testing.assert_allclose(rms.double().numpy()[shown], np.array(want_rms)[shown], rtol=3e-4 if small else 1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("radii", RADII)
+def test_reference_drift_equals_float64_loop(kernel, radii):
+    for seed, offset in ((0, 0.0), (1, 2.0)):
+        z, reference, _, _ = _dp_sets(seed, offset=offset)
+        reference[0] = z[0]  # as before the first step: distance 0
+        want, want_rms = _dp_drift(*_dp_64(z, reference), radii, kernel)
+        got, rms = drpo.reference_drift(z, reference, radii=radii, kernel=kernel, return_rms=True)
+        _dp_close(got, want)
+        np.testing.assert_allclose(rms.double().numpy(), want_rms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("radii", RADII)
+def test_released_field_equals_float64_loop(kernel, radii):
+    z, reference, positive, negative = _dp_sets(3)
+    for w_pos, w_neg in ((3000.0, 3000.0), (3500.0, 500.0)):
+        want, s_want = _dp_released(*_dp_64(z, positive, negative), radii, kernel, w_pos, w_neg)
+        got, s = drpo.released_field(z, positive, negative, radii=radii, kernel=kernel, positive_weight=w_pos, negative_weight=w_neg)
+        _dp_close(got, want)
+        assert float(s) == pytest.approx(s_want, rel=1e-5)
+        want, s_want = _dp_released(*_dp_64(z, reference, z), radii, kernel, w_pos, w_neg, True)
+        got, s = drpo.released_field(z, reference, z, radii=radii, kernel=kernel, positive_weight=w_pos, negative_weight=w_neg,
+                                     negative_is_self=True)
+        _dp_close(got, want)
+        assert float(s) == pytest.approx(s_want, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_batched_leading_dimensions(kernel):
+    """(2, 3, N, D) at once = each prompt alone, by the float64 loops; each prompt has a scale of its own."""
+    sets = [_dp_sets(10 + i) for i in range(6)]
+    stack = [torch.stack([s[k] * (1 + i) for i, s in enumerate(sets)]).unflatten(0, (2, 3)) for k in range(4)]
+    z, reference, positive, negative = stack
+    kw = dict(radii=(0.2, 0.5), kernel=kernel)
+    got = [drpo.dipole_field(z, positive, negative, **kw), drpo.reference_drift(z, reference, **kw),
+           drpo.released_field(z, positive, negative, **kw)[0]]
+    for i, j in itertools.product(range(2), range(3)):
+        a = _dp_64(*(t[i, j] for t in stack))
+        _dp_close(got[0][i, j], _dp_dipole(a[0], a[2], a[3], **kw)[0])
+        _dp_close(got[1][i, j], _dp_drift(a[0], a[1], **kw)[0])
+        _dp_close(got[2][i, j], _dp_released(a[0], a[2], a[3], **kw)[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_masked_anchors_are_not_there(kernel):
+    """Padding of any content, of a different length in each prompt, changes nothing."""
+    z = torch.stack([_dp_sets(i)[0] for i in (0, 1)])
+    positive, negative = z[:, :4].clone(), z[:, 4:8].clone()
+    positive[0, 2:], negative[1, 1:] = 50.0, -3.0
+    masks = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    masks[0][0, 2:], masks[1][1, 1:] = False, False
+    kw = dict(radii=(0.05, 0.5), kernel=kernel)
+    dipole = drpo.dipole_field(z, positive, negative, masks=masks, **kw)
+    released, s = drpo.released_field(z, positive, negative, masks=masks, negative_weight=700.0, **kw)
+    for i, (p, n) in enumerate(((2, 4), (4, 1))):
+        a = _dp_64(z[i], positive[i, :p], negative[i, :n])
+        _dp_close(dipole[i], _dp_dipole(*a, **kw)[0])
+        # the released scale is a mean over all entries of one list: padding must not count in it either
+        want, s_want = _dp_released(*a, w_neg=700.0, **kw)
+        assert float(s[i]) == pytest.approx(s_want, rel=1e-5)
+        _dp_close(released[i], want)
+
+
+@pytest.mark.parametrize("kernel", (*KERNELS, "exponential"))
+@pytest.mark.parametrize("radius", (0.1, 0.4, 1.5))
+def test_dipole_field_is_gradient_of_energy(kernel, radius):
+    z, other, _, _ = _dp_sets(5)
+    for positive, negative in ((other[:3], other[3:5]), (z[:3].clone(), z[5:].clone())):
+        x = z.clone().requires_grad_()
+        energy = drpo.dipole_energy(x, positive, negative, radius=radius, kernel=kernel)
+        assert energy.shape == (9,)
+        gradient, = torch.autograd.grad(energy.sum(), x)
+        V, rms = drpo.dipole_field(z, positive, negative, radii=(radius,), kernel=kernel, return_rms=True)
+        # cosine: at z = a, where cos has its maximum, autograd's 0 is the difference of two numbers of size e^(1/radius)
+        _dp_close(V * rms[..., None], gradient.double().numpy(), 2e-4 if kernel == "cosine" else 1e-5)
+
+
+def test_dipole_energy_value():
+    z, other, _, _ = _dp_sets(6)
+    positive, negative = other[:3], other[3:5]
+    s = _dp_scale([(x, y) for x in _dp_64(z)[0] for y in _dp_64(other[:5])[0]])
+    for kernel in KERNELS:
+        want = [sum(math.exp(_dp_log_k(x, a, 0.3 * s, 0.3, kernel)) * sign for a, sign in zip(_dp_64(other[:5])[0], (1, 1, 1, -1, -1)))
+                for x in _dp_64(z)[0]]
+        _dp_close(drpo.dipole_energy(z, positive, negative, radius=0.3, kernel=kernel), np.array(want))
+
+
+def test_swapping_best_and_worst_flips_the_dipole():
+    z, _, positive, negative = _dp_sets(7)
+    for kernel in KERNELS:
+        V = drpo.dipole_field(z, positive, negative, radii=(0.2, 1.0), kernel=kernel)
+        assert V.abs().max() > 0.1
+        _dp_close(-drpo.dipole_field(z, negative, positive, radii=(0.2, 1.0), kernel=kernel), V.double().numpy())
+
+
+def test_translation_and_scale():
+    """The fields know only differences; a sample's own size is no length (cosine, which knows angles, excepted)."""
+    z, reference, positive, negative = _dp_sets(8)
+    for kernel in ("laplacian", "rbf"):
+        kw = dict(radii=(0.2, 0.5), kernel=kernel)
+        fields = (lambda f: drpo.dipole_field(f(z), f(positive), f(negative), **kw),
+                  lambda f: drpo.reference_drift(f(z), f(reference), **kw),
+                  lambda f: drpo.released_field(f(z), f(positive), f(negative), **kw)[0])
+        for field in fields:
+            V = field(lambda x: x).double().numpy()
+            _dp_close(field(lambda x: x + torch.linspace(-3, 3, 7)), V, 1e-4)
+            _dp_close(field(lambda x: 8 * x), V, 1e-4)
+        V = drpo.dipole_field(z, positive, negative, **kw)
+        turn = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0)))[0]
+        turned = z @ turn
+        _dp_close(drpo.dipole_field(turned, turned[:3], turned[-3:], **kw), (V @ turn).double().numpy(), 1e-4)
+
+
+def test_dipole_points_to_the_best():
+    """A lone positive pulls every sample straight to itself, a lone negative straight away; the sample itself stays."""
+    z, _, _, _ = _dp_sets(9)
+    a = z[2:3].clone()
+    nothing = z[:0]
+    toward = drpo.dipole_field(z, a, nothing, radii=(0.5,))
+    away = drpo.dipole_field(z, nothing, a, radii=(0.5,))
+    others = [i for i in range(9) if i != 2]
+    assert torch.cosine_similarity(toward[others], (a - z)[others]).min() > 0.99999
+    assert torch.cosine_similarity(away[others], (z - a)[others]).min() > 0.99999
+    assert toward[2].abs().max() == 0 and away[2].abs().max() == 0
+
+
+def test_fields_where_everything_is_equal_or_lonely():
+    """No division by zero: one sample, equal samples, no anchors."""
+    z = torch.ones(4, 5)
+    for kernel in KERNELS:
+        kw = dict(radii=(0.2,), kernel=kernel)
+        assert drpo.dipole_field(z, z[:1], z[1:2], **kw).isfinite().all()
+        assert drpo.reference_drift(z, z, **kw).isfinite().all()
+        assert drpo.released_field(z, z[:1], z[1:2], **kw)[0].isfinite().all()
+    lone, target = torch.zeros(1, 3), torch.tensor([[3.0, 4.0, 0.0]])
+    _dp_close(drpo.reference_drift(lone, target, radii=(0.5,)), np.array([[0.6, 0.8, 0]]) * math.sqrt(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranking, targets, loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dp_check_rank(scores, m, positive, negative):
+    """The rules of rank-only training, one by one, for one prompt."""
+    valid = [i for i, s in enumerate(scores) if s == s]
+    best, worst = [i for i in valid if positive[i]], [i for i in valid if negative[i]]
+    assert sum(positive) == len(best) and sum(negative) == len(worst), "NaN is no anchor"
+    assert all(scores[i] > scores[j] for i in best for j in worst), "never equally scored on both sides"
+    assert len(best) <= m and len(worst) <= m
+    distinct = sorted({scores[i] for i in valid})
+    if len(distinct) < 2:
+        assert not best and not worst
+        return
+    assert best and worst, "two opinions that differ give two anchors"
+    # those taken are the extreme ones
+    assert all(scores[i] <= min(scores[j] for j in best) for i in valid if i not in best)
+    assert all(scores[i] >= max(scores[j] for j in worst) for i in valid if i not in worst)
+    if len(distinct) == len(valid):  # no ties: full sets, at most half of the opinions each
+        assert len(best) == len(worst) == min(m, len(valid) // 2)
+
+
+def test_rank_every_small_case():
+    """All patterns of 6 scores out of 3 values and NaN, m = 1..3."""
+    values = (0.0, 1.0, 2.0, math.nan)
+    scores = torch.tensor(list(itertools.product(values, repeat=6)))
+    for m in (1, 2, 3):
+        positive, negative = drpo.rank(scores, m)
+        assert positive.dtype == negative.dtype == torch.bool and positive.shape == scores.shape
+        for row in zip(scores.tolist(), positive.tolist(), negative.tolist()):
+            _dp_check_rank(row[0], m, row[1], row[2])
+
+
+def test_rank_values():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    positive, negative = drpo.rank(scores, 2)
+    assert positive.tolist() == [[False, False, False, True, True, False], [True, True, False, False, False, False]]
+    assert negative.tolist()[0] == [False, True, False, False, False, True]
+    assert negative[1].sum() == 2 and not negative[1, :2].any()
+
+
+def test_rank_knows_only_the_order():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.randint(0, 8, (5, 12), generator=g).float()
+        for f in (lambda x: 1000 * x - 7, torch.exp, lambda x: -torch.exp(-x), lambda x: x ** 3 / 1e20):
+            for a, b in zip(drpo.rank(scores, 4), drpo.rank(f(scores), 4)):
+                assert torch.equal(a, b)
+
+
+def _dp_config(**kw):
+    return drpo.Config(**{"radii": (0.2, 0.5), **kw})
+
+
+def test_loss_values():
+    """sum of weight ||z - z*||^2 by the equations, for both fields, where z equals the features that gave the targets."""
+    z, reference, positive, negative = (t[None] for t in _dp_sets(11))
+    masks = (torch.ones(1, 3, dtype=torch.bool),) * 2
+    a = [t[0] for t in _dp_64(z, reference, positive, negative)]
+    kw = dict(radii=(0.2, 0.5), kernel="laplacian")
+    eta, weight = 0.7, 0.3
+
+    terms, _, _ = drpo.drpo_target(z, reference, positive, negative, masks, _dp_config(lambda_ref=weight, eta=eta))
+    V = _dp_dipole(a[0], a[2], a[3], **kw)[0] + weight * _dp_drift(a[0], a[1], **kw)[0]
+    loss = drpo.regression_loss(z, terms)
+    assert float(loss) == pytest.approx(0.5 * float(((eta * V) ** 2).mean()), rel=1e-5)
+    x = z.clone().requires_grad_()
+    gradient, = torch.autograd.grad(drpo.regression_loss(x, terms), x)
+    _dp_close(gradient[0] / gradient.square().mean().sqrt(), -V / math.sqrt((V ** 2).mean()), 1e-4)
+
+    terms, _, _ = drpo.drpo_target(z, reference, positive, negative, masks, _dp_config(field="released", lambda_ref=weight))
+    force, s = _dp_released(a[0], a[2], a[3], **kw)
+    drift, s_ref = _dp_released(a[0], a[1], a[0], negative_is_self=True, **kw)
+    want = float((force ** 2).mean()) + weight * float((drift ** 2).mean())
+    assert float(drpo.regression_loss(z, terms)) == pytest.approx(want, rel=1e-5)
+    moved = z + 0.1
+    unit, unit_ref = s / math.sqrt(7), s_ref / math.sqrt(7)
+    want = float(((a[0] + 0.1 - a[0] - unit * force) ** 2).mean()) / unit ** 2
+    want += weight * float(((0.1 - unit_ref * drift) ** 2).mean()) / unit_ref ** 2
+    assert float(drpo.regression_loss(moved, terms)) == pytest.approx(want, rel=1e-4)
+
+
+def test_target_is_detached():
+    z, reference, positive, negative = (t[None].clone().requires_grad_() for t in _dp_sets(12))
+    masks = (torch.ones(1, 3, dtype=torch.bool),) * 2
+    for field in ("dipole", "released"):
+        x = z.detach().clone().requires_grad_()
+        terms, _, _ = drpo.drpo_target(z, reference, positive, negative, masks, _dp_config(field=field))
+        drpo.regression_loss(x, terms).backward()
+        assert x.grad.abs().max() > 0
+        assert all(t.grad is None for t in (z, reference, positive, negative))
+
+
+def test_mathematics_runs_alone(tmp_path):
+    """The first section, cut out of the file, needs torch and nothing else, and computes the same."""
+    text = (HERE / "drpo.py").read_text()
+    bar = "# " + "=" * 118
+    sections = re.split(re.escape(bar) + r"\n", text)
+    start, = [i for i, s in enumerate(sections) if s.startswith("# 1. ")]
+    (tmp_path / "field.py").write_text("import torch\nimport torch.nn.functional as F\n" + sections[start + 1])
+    (tmp_path / "use.py").write_text(
+        "import sys, types, torch, field\n"
+        "torch.manual_seed(0)\n"
+        "z = torch.randn(2, 6, 4); p, n, r = z[:, :2], z[:, 4:], z + .1\n"
+        "cfg = types.SimpleNamespace(field='dipole', radii=(.2, .5), kernel='laplacian', eta=1., lambda_ref=.2)\n"
+        "masks = (torch.ones(2, 2, dtype=torch.bool),) * 2\n"
+        "out = [field.dipole_field(z, p, n, radii=(.2,)), field.reference_drift(z, r, radii=(.2,)),\n"
+        "       field.released_field(z, p, n, radii=(.2,))[0], field.dipole_energy(z, p, n, radius=.2),\n"
+        "       field.regression_loss(z, field.drpo_target(z, r, p, n, masks, cfg)[0])]\n"
+        "assert field.rank(torch.arange(4.), 1)[0].tolist() == [False, False, False, True]\n"
+        "assert not {'diffusers', 'transformers', 'drpo', 'PIL'} & set(sys.modules), 'torch only'\n"
+        "torch.save(out, 'out.pt')\n")
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import use"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    torch.manual_seed(0)
+    z = torch.randn(2, 6, 4)
+    p, n, r = z[:, :2], z[:, 4:], z + 0.1
+    want = [drpo.dipole_field(z, p, n, radii=(0.2,)), drpo.reference_drift(z, r, radii=(0.2,)),
+            drpo.released_field(z, p, n, radii=(0.2,))[0], drpo.dipole_energy(z, p, n, radius=0.2)]
+    for got, w in zip(out, want):
+        torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-6)
+
+
+# ======================================================================================================================
+# 2. Tiny pipelines, and the generator against diffusers.
+# ======================================================================================================================
+
+PROMPTS = ["a red cat", "two dogs"]
+
+
+def _dp_tokenizer(folder):
+    """A CLIP tokenizer whose words are letters."""
+    import transformers
+    symbols = [chr(c) for c in range(33, 127)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(s + "</w>" for s in symbols)]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def _dp_pipeline(kind, folder):
+    """A whole StableDiffusion or StableDiffusionXL pipeline of few random weights, pictures of 32 x 32."""
+    import diffusers
+    import transformers
+    torch.manual_seed(0)
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=200, bos_token_id=0,
+                eos_token_id=1, pad_token_id=1)
+    schedule = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", steps_offset=1)
+    unet = dict(sample_size=8, block_out_channels=(32, 64), attention_head_dim=(2, 4), norm_num_groups=16, use_linear_projection=True)
+    parts = dict(
+        vae=diffusers.AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
+                                    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                                    scaling_factor=0.13025 if kind == "sdxl" else 0.18215),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)), tokenizer=_dp_tokenizer(folder))
+    with torch.no_grad():
+        for p in parts["vae"].decoder.conv_out.parameters():  # pictures with contrast, not all of one grey
+            p.mul_(3)
+    if kind == "sd":
+        return diffusers.StableDiffusionPipeline(
+            **parts, unet=diffusers.UNet2DConditionModel(
+                **unet, layers_per_block=1, cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+            scheduler=diffusers.EulerDiscreteScheduler(**schedule), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False)
+    return diffusers.StableDiffusionXLPipeline(
+        **parts, tokenizer_2=parts["tokenizer"], add_watermarker=False,
+        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=32)),
+        unet=diffusers.UNet2DConditionModel(
+            **unet, layers_per_block=2, cross_attention_dim=64, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**schedule))
+
+
+@pytest.fixture(scope="session")
+def _dp_models(tmp_path_factory):
+    """Folders of a tiny SD and a tiny SDXL model in the diffusers layout."""
+    home = tmp_path_factory.mktemp("models")
+    for kind in ("sd", "sdxl"):
+        _dp_pipeline(kind, home).save_pretrained(home / kind)
+    return home
+
+
+def _dp_open(folder, dtype=torch.float32):
+    return drpo.load_generator(str(folder), dtype=dtype)
+
+
+def _dp_random_lora(G, rank=4, alpha=8.0, size=0.3, seed=1):
+    """A LoRA that does something."""
+    torch.manual_seed(seed)
+    params = G.add_lora(rank, alpha)
+    for module in G.lora.values():
+        torch.nn.init.normal_(module.B, std=size)
+    return params
+
+
+def _dp_noise(B=2, seed=0):
+    return torch.randn(B, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def _dp_sample(G, e, prompts=PROMPTS):
+    with torch.no_grad():
+        return G.sample(e, G.encode(prompts))
+
+
+def _dp_pipe_sample(pipe, e, output="latent", prompts=PROMPTS):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt=list(prompts), latents=e.clone().to(pipe.dtype), num_inference_steps=1, guidance_scale=0.0, height=32, width=32,
+                output_type=output).images
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_one_step_equals_pipeline(kind, _dp_models):
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / kind)
+    G, e = _dp_open(_dp_models / kind), _dp_noise()
+    want = _dp_pipe_sample(pipe, e)
+    got = _dp_sample(G, e)
+    assert (want[0] - want[1]).abs().max() > 1
+    _dp_close(got, want.double().numpy(), 2e-5)
+    with torch.no_grad():
+        images = G.decode(got)
+    want = _dp_pipe_sample(pipe, e, "pt")
+    assert want.std() > 0.02, "no picture"
+    _dp_close(images, want.double().numpy(), 2e-5)
+    swapped = _dp_sample(G, e, PROMPTS[::-1])
+    assert (swapped - got).abs().max() > 1e-3, "the prompt counts"
+
+
+@pytest.mark.parametrize("prediction", ("v_prediction", "epsilon"))
+def test_one_step_of_other_schedulers(prediction, _dp_models):
+    """Everything is derived from the model's own scheduler: its spacing, its prediction type."""
+    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
+    for spacing in ("trailing", "leading", "linspace"):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type=prediction, timestep_spacing=spacing)
+        e = _dp_noise()
+        want = _dp_pipe_sample(pipe, e)
+        G = drpo.Generator(pipe, "cpu", torch.float32, "tiny")
+        _dp_close(_dp_sample(G, e), want.double().numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_lora_off_is_the_base_and_fresh_changes_nothing(kind, _dp_models):
+    G, e = _dp_open(_dp_models / kind), _dp_noise()
+    base = _dp_sample(G, e)
+    params = G.add_lora(4, 8.0)
+    assert torch.equal(_dp_sample(G, e), base), "fresh LoRA"
+    wrapped = [n for n, m in G.unet.named_modules() if isinstance(m, drpo.LoRA)]
+    linear = [n for n, m in G.pipe.unet.named_modules() if re.search(r"attn\d\.(to_[qkv]|to_out\.0)$", n)]
+    assert sorted(wrapped) == sorted(linear) and len(params) == 2 * len(linear) > 0
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in params)
+    trainable = [p for p in G.unet.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in params}, "nothing else trains"
+    for module in G.lora.values():
+        torch.nn.init.normal_(module.B, std=0.3)
+    tuned = _dp_sample(G, e)
+    assert (tuned - base).abs().max() > 1e-2
+    with G.reference():
+        assert torch.equal(_dp_sample(G, e), base), "LoRA off"
+        with G.reference():
+            pass
+        assert torch.equal(_dp_sample(G, e), base), "still off after a nested use"
+    assert torch.equal(_dp_sample(G, e), tuned), "on again"
+    with contextlib.suppress(ZeroDivisionError), G.reference():
+        1 / 0
+    assert torch.equal(_dp_sample(G, e), tuned), "on again after an error"
+    G.remove_lora()
+    assert torch.equal(_dp_sample(G, e), base)
+
+
+def test_lora_is_the_formula(_dp_models):
+    """y = W x + b + alpha / r B A x, by hand."""
+    G = _dp_open(_dp_models / "sd")
+    _dp_random_lora(G, rank=4, alpha=10.0)
+    for module in G.lora.values():
+        x = torch.randn(3, module.A.shape[1])
+        bias = 0 if module.base.bias is None else module.base.bias.double()
+        want = (module.base.weight.double() @ x.double().T).T + bias + 10 / 4 * (module.B.double() @ (module.A.double() @ x.double().T)).T
+        with torch.no_grad():
+            _dp_close(module(x), want.detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+@pytest.mark.parametrize("file", ("pytorch_lora_weights.safetensors", "kohya_lora.safetensors"))
+def test_exported_lora_in_diffusers_with_peft(kind, file, _dp_models, tmp_path):
+    """The same picture, rank not equal to alpha; kohya's file through diffusers' own conversion."""
+    from diffusers import DiffusionPipeline
+    G, e = _dp_open(_dp_models / kind), _dp_noise()
+    base = _dp_sample(G, e)
+    _dp_random_lora(G, rank=4, alpha=6.0)
+    tuned = _dp_sample(G, e)
+    G.save_lora(tmp_path, "both")
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / kind)
+    pipe.load_lora_weights(tmp_path, weight_name=file)
+    assert (tuned - base).square().mean().sqrt() > 0.05 * base.square().mean().sqrt(), "the LoRA does something"
+    _dp_close(_dp_pipe_sample(pipe, e), tuned.double().numpy(), 3e-5)
+    with torch.no_grad():
+        want = G.decode(tuned)
+    _dp_close(_dp_pipe_sample(pipe, e, "pt"), want.double().numpy(), 3e-5)
+
+
+def test_lora_folder_loads_by_its_name(_dp_models, tmp_path):
+    """pipe.load_lora_weights(run) with nothing else, where both formats lie."""
+    from diffusers import DiffusionPipeline
+    G, e = _dp_open(_dp_models / "sd"), _dp_noise()
+    _dp_random_lora(G)
+    G.save_lora(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
+    pipe.load_lora_weights(tmp_path)
+    _dp_close(_dp_pipe_sample(pipe, e), _dp_sample(G, e).double().numpy(), 3e-5)
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_load_lora_both_formats_back(kind, _dp_models, tmp_path):
+    G, e = _dp_open(_dp_models / kind), _dp_noise()
+    _dp_random_lora(G, rank=4, alpha=6.0)
+    tuned = _dp_sample(G, e)
+    G.save_lora(tmp_path, "both", {"settings": "{}"})
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya_lora.safetensors"):
+        other = _dp_open(_dp_models / kind)
+        meta = drpo.load_lora(other, path)
+        assert meta["base_model"] == str(_dp_models / kind) and meta["settings"] == "{}"
+        _dp_close(_dp_sample(other, e), tuned.double().numpy())
+        params = [p for p in other.unet.parameters() if p.requires_grad]
+        assert len(params) == 2 * len(other.lora), "it can be trained on"
+    (tmp_path / "kohya").mkdir()
+    G.save_lora(tmp_path / "kohya", "kohya")
+    assert [p.name for p in (tmp_path / "kohya").iterdir()] == ["kohya_lora.safetensors"]
+    other = _dp_open(_dp_models / kind)
+    other.load_lora(tmp_path / "kohya")
+    _dp_close(_dp_sample(other, e), tuned.double().numpy())
+
+
+def test_kohya_file_has_what_its_readers_want(_dp_models, tmp_path):
+    """lora_down, lora_up and alpha of every module; names in lora_unet_..., without dots before the last parts."""
+    from safetensors.torch import load_file
+    G = _dp_open(_dp_models / "sdxl")
+    _dp_random_lora(G, rank=4, alpha=6.0)
+    G.save_lora(tmp_path, "kohya")
+    state = load_file(tmp_path / "kohya_lora.safetensors")
+    modules = {k.split(".")[0] for k in state}
+    assert len(modules) == len(G.lora) and all(re.fullmatch(r"lora_unet_\w+_attn[12]_to_(q|k|v|out_0)", m) for m in modules)
+    assert len(state) == 3 * len(modules)
+    for m in modules:
+        assert float(state[m + ".alpha"]) == 6.0
+        assert state[m + ".lora_down.weight"].shape[0] == 4 == state[m + ".lora_up.weight"].shape[1]
+
+
+def test_foreign_lora_is_refused_and_peft_lora_is_read(_dp_models, tmp_path):
+    """Another base's LoRA: one line that names it. A LoRA of peft's own making: the same picture."""
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
+    pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    state = {k: v.contiguous() for k, v in get_peft_model_state_dict(pipe.unet).items()}
+    type(pipe).save_lora_weights(tmp_path, unet_lora_layers=state)
+    G, e = _dp_open(_dp_models / "sd"), _dp_noise()
+    G.load_lora(tmp_path)
+    _dp_close(_dp_sample(G, e), _dp_pipe_sample(pipe, e).double().numpy(), 3e-5)
+    other, base = _dp_open(_dp_models / "sdxl"), None
+    base = _dp_sample(other, e)
+    with pytest.raises(drpo.UserError, match="base"):
+        other.load_lora(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(drpo.UserError, match="pytorch_lora_weights"):
+        other.load_lora(tmp_path)
+    other.remove_lora()
+    assert torch.equal(_dp_sample(other, e), base)
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision(kind, dtype, _dp_models, capfd):
+    """The same weights in half precision: sigma multiplies no rounding error of the last layers."""
+    from diffusers import DiffusionPipeline
+    e = _dp_noise(8)
+    prompts = PROMPTS * 4
+    want = _dp_sample(_dp_open(_dp_models / kind), e, prompts)
+    G = _dp_open(_dp_models / kind, dtype)
+    capfd_text = capfd.readouterr().err
+    got = _dp_sample(G, e, prompts)
+    assert got.dtype == torch.float32
+    error = (got - want).square().mean().sqrt()
+    pipe = DiffusionPipeline.from_pretrained(_dp_models / kind, torch_dtype=dtype)
+    plain = (_dp_pipe_sample(pipe, e.to(dtype), prompts=prompts).float() - want).square().mean().sqrt()
+    assert error < plain, "no better than the pipeline in half precision"
+    assert error < (0.15 if dtype == torch.bfloat16 else 0.02) * want.std()
+    with torch.no_grad():
+        images = G.decode(got)
+    assert images.dtype == torch.float32 and images.isfinite().all()
+    lifted = dtype == torch.float16 and kind == "sdxl"
+    if kind == "sdxl":
+        assert (next(G.vae.parameters()).dtype == torch.float32) == lifted
+        assert ("VAE" in capfd_text and len(capfd_text.strip().splitlines()) == 1) == lifted, "one line says so"
+    _dp_random_lora(G)
+    assert (_dp_sample(G, e, prompts) - got).abs().max() > 1e-2
+    with G.reference():
+        assert torch.equal(_dp_sample(G, e, prompts), got)
+
+
+# ======================================================================================================================
+# 3. Features.
+# ======================================================================================================================
+
+
+def _dp_stats(h):
+    """Global mean, population std and the means of the four quarters of (B, C, H, W), by numpy in float64."""
+    h = h.double().numpy()
+    a, b = h.shape[2] // 2, h.shape[3] // 2
+    quarters = np.stack([h[:, :, y:y + a, x:x + b].mean((2, 3)) for y in (0, a) for x in (0, b)], -1).reshape(len(h), -1)
+    return h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6), quarters
+
+
+def _dp_compare_maps(got, want, tolerance=2e-5):
+    assert len(got) == len(want)
+    for g, w in zip(got, want):
+        assert g.dtype == torch.float32
+        w = w if w.ndim == 3 else w[:, None]
+        assert g.shape == w.shape
+        _dp_close(g.detach(), w, tolerance)
+
+
+def test_vae_features(_dp_models):
+    """Against hooks on a whole decode of the pipeline's VAE."""
+    from diffusers import AutoencoderKL
+    G = _dp_open(_dp_models / "sd")
+    phi, x = drpo.load_features("vae", G), 3 * _dp_noise(3)
+    vae, seen = AutoencoderKL.from_pretrained(_dp_models / "sd", subfolder="vae"), []
+    for block in (vae.decoder.mid_block, vae.decoder.up_blocks[0], vae.decoder.up_blocks[1]):
+        block.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    with torch.no_grad():
+        vae.decode(x / 0.18215)
+    _dp_compare_maps(phi(x, None), [m for h in seen for m in _dp_stats(h)])
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_unet_features(kind, _dp_models):
+    """Against hooks on the pipeline's own UNet; the LoRA does not reach them."""
+    from diffusers import DiffusionPipeline
+    G, x = _dp_open(_dp_models / kind), 3 * _dp_noise(2)
+    c = G.encode(PROMPTS)
+    pipe, seen = DiffusionPipeline.from_pretrained(_dp_models / kind), []
+    blocks = (pipe.unet.down_blocks[-1], pipe.unet.mid_block, pipe.unet.up_blocks[0])
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).detach()))
+    noise = drpo.prompt_noise(0, 0, (4, 8, 8))
+    added = None
+    if kind == "sdxl":
+        text, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, -1)}
+    else:
+        text = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+    with torch.no_grad():
+        pipe.unet(x + 0.1 * noise, 100, text, added_cond_kwargs=added)
+    want = []
+    for h in seen:
+        h = h.double().numpy()
+        size = min(4, h.shape[-1])
+        n = h.shape[-1] // size
+        want.append(h.reshape(*h.shape[:2], n, size, n, size).mean((3, 5)).reshape(len(h), -1))
+    phi = drpo.load_features("unet", G)
+    with torch.no_grad():
+        _dp_compare_maps(phi(x, c), want)
+        _dp_random_lora(G)
+        _dp_compare_maps(phi(x, c), want)
+
+
+def test_latent_features(_dp_models):
+    G, x = _dp_open(_dp_models / "sd"), _dp_noise(3)
+    got, = drpo.load_features("latent", G)(x, None)
+    assert torch.equal(got, x.reshape(3, 1, -1))
+
+
+def _dp_pil_224(images):
+    """(B, 3, 32, 32) in [0, 1] -> ImageNet-normalised (B, 3, 224, 224), resized by PIL's bicubic, channel by channel."""
+    from PIL import Image
+    out = [[np.asarray(Image.fromarray(c.numpy(), mode="F").resize((224, 224), Image.BICUBIC)) for c in image] for image in images]
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (torch.from_numpy(np.array(out)) - mean) / std
+
+
+def _dp_vit_maps(h):
+    h = h.double().numpy()
+    return [h[:, 1:].mean(1), np.sqrt(h[:, 1:].var(1) + 1e-6), h[:, 0]]
+
+
+def test_mae_features_are_unmasked(_dp_models, tmp_path):
+    """All patches, in their order, none masked: a forward written out here, from the patches to hidden_states[12]."""
+    import transformers
+    torch.manual_seed(0)
+    net = transformers.ViTMAEModel(transformers.ViTMAEConfig(hidden_size=16, num_hidden_layers=14, num_attention_heads=2,
+                                                             intermediate_size=32, patch_size=32, image_size=224)).eval()
+    net.save_pretrained(tmp_path)
+    G, x = _dp_open(_dp_models / "sd"), 2 * _dp_noise(2)
+    phi = drpo.load_features(f"mae@{tmp_path}", G)
+    with torch.no_grad():
+        pixels = _dp_pil_224(G.decode(x))
+        emb = net.embeddings
+        h = torch.nn.functional.conv2d(pixels, emb.patch_embeddings.projection.weight, emb.patch_embeddings.projection.bias, stride=32)
+        h = h.flatten(2).mT + emb.position_embeddings[:, 1:]
+        h = torch.cat([(emb.cls_token + emb.position_embeddings[:, :1]).expand(2, -1, -1), h], 1)
+        for layer in net.encoder.layer[:12] if hasattr(net, "encoder") else net.layers[:12]:
+            h = layer(h)
+            h = h[0] if isinstance(h, tuple) else h
+        got = phi(x, None)
+        _dp_compare_maps(got, _dp_vit_maps(h), 1e-3)
+        torch.manual_seed(99)
+        for a, b in zip(got, phi(x, None)):
+            assert torch.equal(a, b)
+
+
+def test_dino_features(_dp_models, tmp_path):
+    import transformers
+    torch.manual_seed(0)
+    net = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=16, num_hidden_layers=13, num_attention_heads=2, mlp_ratio=2,
+                                                             patch_size=32, image_size=224)).eval()
+    net.save_pretrained(tmp_path)
+    G, x = _dp_open(_dp_models / "sd"), 2 * _dp_noise(2)
+    with torch.no_grad():
+        h = net.embeddings(_dp_pil_224(G.decode(x)))
+        for layer in list(net.encoder.layer)[:12]:
+            h = layer(h)
+            h = h[0] if isinstance(h, tuple) else h
+        _dp_compare_maps(drpo.load_features(f"dino@{tmp_path}", G)(x, None), _dp_vit_maps(h), 1e-3)
+
+
+MAE_BLOCKS = (2, 1, 2, 1)
+
+
+def _dp_mae_state():
+    """Random weights of a latent-MAE of width 32 under the authors' names, in JAX's layout: .kernel HWIO, norms .scale."""
+    g, state = torch.Generator().manual_seed(0), {}
+
+    def conv(name, size, c_in, c):
+        state[f"encoder.{name}.kernel"] = torch.randn(size, size, c_in, c, generator=g) / math.sqrt(size * size * c_in)
+
+    def norm(name, c):
+        state[f"encoder.{name}.scale"] = 1 + 0.2 * torch.randn(c, generator=g)
+        state[f"encoder.{name}.bias"] = 0.2 * torch.randn(c, generator=g)
+
+    conv("conv1", 3, 4, 32), norm("gn1", 32)
+    c_in = 32
+    for s, n in enumerate(MAE_BLOCKS, 1):
+        c = 32 * 2 ** (s - 1)
+        for b in range(n):
+            name = f"stages_{s}.layers_{b}"
+            conv(f"{name}.conv1", 3, c_in, c), norm(f"{name}.gn1", c), conv(f"{name}.conv2", 3, c, c), norm(f"{name}.gn2", c)
+            if b == 0 and (s > 1 or c_in != c):
+                conv(f"{name}.proj_conv", 1, c_in, c), norm(f"{name}.proj_gn", c)
+            c_in = c
+        norm(f"layer{s}_norm", c)
+    state["decoder.conv1.kernel"] = torch.randn(3, 3, 4, 4, generator=g)  # the file has a decoder too
+    return state
+
+
+def _dp_mae_forward(state, x):
+    """The last stage, in float64, functionally."""
+    state = {k: v.double() for k, v in state.items()}
+
+    def conv(name, x, stride=1):
+        kernel = state[f"encoder.{name}.kernel"].permute(3, 2, 0, 1)
+        return torch.nn.functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def norm(name, x):
+        groups = x.reshape(len(x), 32, -1)
+        groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return groups.reshape(x.shape) * state[f"encoder.{name}.scale"][:, None, None] + state[f"encoder.{name}.bias"][:, None, None]
+
+    h = norm("gn1", conv("conv1", x.double())).relu()
+    for s, n in enumerate(MAE_BLOCKS, 1):
+        for b in range(n):
+            name, stride = f"stages_{s}.layers_{b}", 2 if b == 0 and s > 1 else 1
+            y = norm(f"{name}.gn2", conv(f"{name}.conv2", norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)).relu()))
+            if f"encoder.{name}.proj_conv.kernel" in state:
+                h = norm(f"{name}.proj_gn", conv(f"{name}.proj_conv", h, stride))
+            h = (h + y).relu()
+        h = norm(f"layer{s}_norm", h)
+    return h
+
+
+@pytest.mark.parametrize("form", ("jax", "torch", "nested"))
+def test_latent_mae_features(form, _dp_models, tmp_path):
+    """Both forms of the authors' keys and layouts against a functional float64 forward: global, 2x2 and 4x4 maps."""
+    state = _dp_mae_state()
+    stored = state
+    if form != "jax":
+        stored = {(k[:-7] + ".weight" if k.endswith(".kernel") else k[:-6] + ".weight" if k.endswith(".scale") else k):
+                  (v.permute(3, 2, 0, 1).contiguous() if k.endswith(".kernel") else v) for k, v in state.items()}
+    torch.save({"state_dict": stored, "epoch": 3} if form == "nested" else stored, tmp_path / "mae.pth")
+    G = _dp_open(_dp_models / "sd")
+    phi = drpo.load_features(f"latent-mae@{tmp_path / 'mae.pth'}", G)
+    for side in (64, 8):
+        x = 2 * torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(1))
+        h = _dp_mae_forward(state, x).numpy()
+        n = side // 8
+        want = [h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6)]
+        for p in (2, 4):
+            if n > p:
+                patches = h.reshape(2, -1, n // p, p, n // p, p).transpose(0, 2, 4, 1, 3, 5).reshape(2, (n // p) ** 2, -1, p * p)
+                want += [patches.mean(-1), np.sqrt(patches.var(-1) + 1e-6)]
+        assert len(want) == (6 if side == 64 else 2)
+        with torch.no_grad():
+            # a constant map's std is sqrt(1e-6): float32 rounding shows in it
+            _dp_compare_maps(phi(x, None), want, 1e-4)
+
+
+def test_latent_mae_never_unpickles(_dp_models, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "exploded", "x"))
+    torch.save({"encoder.conv1.kernel": Bomb()}, tmp_path / "mae.pth")
+    with pytest.raises(Exception):
+        drpo.load_features(f"latent-mae@{tmp_path / 'mae.pth'}", _dp_open(_dp_models / "sd"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_features_are_deterministic_frozen_and_joined(_dp_models):
+    """The same vectors each time, for each image alone, whatever the RNG; gradient to x only; a comma joins the lists."""
+    G, x = _dp_open(_dp_models / "sd"), 3 * _dp_noise(3)
+    c = G.encode([*PROMPTS, "a dog"])
+    single = {name: drpo.load_features(name, G)(x, c) for name in ("vae", "unet", "latent")}
+    phi = drpo.load_features("vae,unet,latent", G)
+    torch.manual_seed(5)
+    joined = phi(x, c)
+    for a, b in zip(joined, sum(single.values(), []), strict=True):
+        assert torch.equal(a, b)
+    for i in range(3):
+        for a, b in zip(joined, phi(x[i:i + 1], drpo.rows(c, slice(i, i + 1)))):
+            _dp_close(b[0], a[i].double().numpy(), 1e-4)
+    leaf = x.clone().requires_grad_()
+    sum(h.square().sum() for h in phi(leaf, c)).backward()
+    assert leaf.grad.abs().max() > 0
+    networks = (G.unet, G.vae, G.pipe.text_encoder)
+    assert all(not p.requires_grad and p.grad is None for net in networks for p in net.parameters())
+    assert not any(net.training for net in networks)
+
+
+# ======================================================================================================================
+# 4. One training step.
+# ======================================================================================================================
+
+
+class _DpScore:
+    """Scores by place, for drpo_gradient: what the reward sees is kept, and its order is far from rounding."""
+
+    def __init__(self, table, f=lambda x: x):
+        self.table, self.f, self.seen, self.at = torch.tensor(table, dtype=torch.float32), f, [], 0
+
+    def __call__(self, images, prompts):
+        assert not images.requires_grad
+        self.seen.append((images.clone(), list(prompts)))
+
+    def finish(self, P, K):
+        return self.f(self.table.reshape(P, K))
+
+    def logged(self):
+        return {}
+
+
+TABLE = [[0.1, 0.9, 0.4, 0.7, 0.2, 0.5], [3.0, 1.0, 2.0, 6.0, 5.0, 4.0]]
+
+
+def _dp_gradient(G, params, features, micro, cfg=None, f=lambda x: x, table=TABLE, pairs=None, seed=3):
+    """Gradient of one step at 2 prompts x 6 candidates -> flat gradient, metrics, the score object."""
+    cfg = cfg or _dp_config(anchors=2)
+    for p in params:
+        p.grad = None
+    noise = torch.stack([drpo.prompt_noise(seed, i, (6, 4, 8, 8)) for i in range(2)])
+    score = None if pairs else _DpScore(table, f)
+    metrics = drpo.drpo_gradient(G, drpo.load_features(features, G), PROMPTS, noise, cfg, micro, score=score, pairs=pairs)
+    return torch.cat([p.grad.flatten() for p in params]) / G.loss_scale, metrics, score
+
+
+@pytest.fixture(scope="module")
+def _dp_tuned(_dp_models):
+    """Tiny SD with a LoRA that does something, and its parameters."""
+    G = _dp_open(_dp_models / "sd")
+    return G, _dp_random_lora(G, size=0.1)
+
+
+@pytest.mark.parametrize("features", ("vae", "unet", "latent", "vae,latent"))
+@pytest.mark.parametrize("field", ("dipole", "released"))
+def test_micro_batches_give_the_same_gradient(features, field, _dp_tuned):
+    """1, 3, 5 (which does not divide 12, and cuts through prompts) and all: equal to float32 rounding."""
+    G, params = _dp_tuned
+    cfg = _dp_config(anchors=2, field=field, feature_reduction="mean" if features == "vae,latent" else "sum")
+    want, metrics, whole = _dp_gradient(G, params, features, 12, cfg)
+    assert want.norm() > 0
+    for micro in (1, 3, 5):
+        got, m, score = _dp_gradient(G, params, features, micro, cfg)
+        assert (got - want).norm() < 2e-4 * want.norm(), f"micro {micro}: {(got - want).norm() / want.norm():.1e}"
+        assert m["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+        assert m["rms_pref"] == pytest.approx(metrics["rms_pref"], rel=1e-3)
+        # the reward sees each picture once, with its own prompt
+        assert sum((p for _, p in score.seen), []) == [p for p in PROMPTS for _ in range(6)]
+        torch.testing.assert_close(torch.cat([x for x, _ in score.seen]), whole.seen[0][0], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_is_the_equations(_dp_tuned):
+    """drpo_gradient against float64 loops for the targets and autograd through the sampler, features `vae`, dipole."""
+    G, params = _dp_tuned
+    got, metrics, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.3, eta=0.8))
+    phi = drpo.load_features("vae", G)
+    for p in params:
+        p.grad = None
+    total_loss = 0.0
+    for i, prompt in enumerate(PROMPTS):
+        e, c = drpo.prompt_noise(3, i, (6, 4, 8, 8)), G.encode([prompt] * 6)
+        maps = phi(G.sample(e, c), c)
+        with torch.no_grad(), G.reference():
+            refs = phi(G.sample(e, c), c)
+        order = sorted(range(6), key=lambda j: TABLE[i][j])
+        best, worst = order[-2:], order[:2]
+        for h, h_ref in zip(maps, refs):
+            z, r = _dp_64(h.detach()[:, 0], h_ref[:, 0])
+            V = _dp_dipole(z, z[best], z[worst], (0.2, 0.5), "laplacian")[0] + 0.3 * _dp_drift(z, r, (0.2, 0.5), "laplacian")[0]
+            # L = 1 / (2 N D) sum |(z - z*) / u|^2, z* = z + eta u V, u = s / sqrt(D), s the mean distance within z; mean over prompts
+            N, D = z.shape
+            u = _dp_scale([(a, b) for a in z for b in z]) / math.sqrt(D)
+            h[:, 0].backward(torch.from_numpy(-0.8 * V / (N * D * u) / 2).float(), retain_graph=True)
+            total_loss += ((0.8 * V) ** 2).mean() / 2 / 2
+    want = torch.cat([p.grad.flatten() for p in params])
+    assert (got - want).norm() < 1e-3 * want.norm()
+    assert metrics["loss"] == pytest.approx(total_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("field", ("dipole", "released"))
+def test_monotone_transform_gives_the_bit_identical_update(field, _dp_tuned):
+    G, params = _dp_tuned
+    cfg = _dp_config(anchors=2, field=field)
+    want = _dp_gradient(G, params, "vae", 12, cfg)[0]
+    for f in (torch.exp, lambda x: 1e6 * x - 3, lambda x: -1 / (x + 1)):
+        assert torch.equal(_dp_gradient(G, params, "vae", 12, cfg, f)[0], want)
+    assert not torch.equal(_dp_gradient(G, params, "vae", 12, cfg, torch.neg)[0], want)
+
+
+def test_skipped_and_unsure_prompts(_dp_tuned):
+    """All equal or all NaN: the reference drift alone, counted; a NaN is no anchor but is still moved."""
+    G, params = _dp_tuned
+    for field in ("dipole", "released"):
+        cfg = _dp_config(anchors=2, field=field)
+        equal, m, _ = _dp_gradient(G, params, "vae", 12, cfg, table=[[1.0] * 6, [5.0] * 6])
+        assert m["skipped"] == 2
+        silent, m, _ = _dp_gradient(G, params, "vae", 12, cfg, table=[[math.nan] * 6] * 2)
+        assert m["skipped"] == 2 and torch.equal(equal, silent)
+        drift_only = _dp_config(anchors=2, field=field, lambda_ref=0.0)
+        assert _dp_gradient(G, params, "vae", 12, drift_only, table=[[1.0] * 6] * 2)[0].abs().max() == 0
+        one, m, _ = _dp_gradient(G, params, "vae", 12, cfg, table=[TABLE[0], [5.0] * 6])
+        assert m["skipped"] == 1 and not torch.equal(one, equal)
+    # NaN at the places in the middle of the order: the same anchors, the same update
+    want = _dp_gradient(G, params, "vae", 12)[0]
+    table = [[v if v in sorted(row)[:2] + sorted(row)[-2:] else math.nan for v in row] for row in TABLE]
+    got, m, _ = _dp_gradient(G, params, "vae", 12, table=table)
+    assert torch.equal(got, want) and m["skipped"] == 0
+    assert m["reward_best"] == pytest.approx((0.9 + 6) / 2) and m["reward_worst"] == pytest.approx((0.1 + 1) / 2)
+
+
+def test_score_metrics_values():
+    scores = torch.tensor([[1.0, 2.0, 3.0, math.nan], [4.0, 8.0, 0.0, 0.0]])
+    m = drpo.score_metrics(scores, *drpo.rank(scores, 1))
+    assert m["reward_mean"] == pytest.approx((2 + 3) / 2)
+    assert m["reward_best"] == pytest.approx((3 + 8) / 2) and m["reward_worst"] == pytest.approx((1 + 0) / 2)
+    assert m["reward_std"] == pytest.approx((np.std([1, 2, 3]) + np.std([4, 8, 0, 0])) / 2)
+    assert m["gap"] == pytest.approx((3 + 8) / 2 - (1 + 0) / 2)
+
+
+def test_no_gradient_reaches_reference_reward_or_networks(_dp_tuned):
+    G, params = _dp_tuned
+    _, _, score = _dp_gradient(G, params, "vae,unet", 4)
+    assert len(score.seen) == 3
+    trainable = {id(p) for p in params}
+    for net in (G.unet, G.vae, G.pipe.text_encoder):
+        for p in net.parameters():
+            assert id(p) in trainable or (p.grad is None and not p.requires_grad)
+    assert all(p.grad is not None for p in params)
+
+
+def test_metrics_of_the_pictures(_dp_tuned):
+    """distance and diversity in latents, by loops."""
+    G, params = _dp_tuned
+    _, m, _ = _dp_gradient(G, params, "vae", 5)
+    pairwise, square = {}, []
+    xs = {}
+    for name, context in (("tuned", contextlib.nullcontext()), ("base", G.reference())):
+        with context, torch.no_grad():
+            xs[name] = [G.sample(drpo.prompt_noise(3, i, (6, 4, 8, 8)), G.encode([p] * 6)).flatten(1).double().numpy() for i, p in enumerate(PROMPTS)]
+        pairwise[name] = np.mean([np.mean([np.linalg.norm(x[a] - x[b]) for a in range(6) for b in range(6) if a != b]) for x in xs[name]])
+    square = np.mean([(a - b) ** 2 for a, b in zip(xs["tuned"], xs["base"])])
+    assert m["distance"] == pytest.approx(math.sqrt(square), rel=1e-4)
+    assert m["diversity"] == pytest.approx(pairwise["tuned"] / pairwise["base"], rel=1e-4)
+    assert m["diversity"] != pytest.approx(1, abs=1e-4), "nothing measured"
+
+
+def test_noise_of_a_prompt():
+    """Gaussian, its own for each seed and position, the same whoever asks and whatever the RNG."""
+    torch.manual_seed(3)
+    a = drpo.prompt_noise(0, 5, (16, 4, 8, 8))
+    torch.manual_seed(4)
+    assert torch.equal(a, drpo.prompt_noise(0, 5, (16, 4, 8, 8)))
+    others = [drpo.prompt_noise(s, p, (16, 4, 8, 8)) for s, p in ((0, 6), (1, 5), (0, -1), (1, 6))]
+    for b in others:
+        assert abs(float((a * b).mean())) < 0.08
+    assert abs(float(a.mean())) < 0.08 and abs(float(a.std()) - 1) < 0.05
+
+
+def _dp_pictures(folder, n=6):
+    """n pictures of 32 x 32 -> their names."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    names = []
+    for i in range(n):
+        names.append(f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / names[-1])
+    return names
+
+
+def test_offline_pairs_are_anchors(_dp_tuned, tmp_path):
+    """Anchors from files, of different numbers: features of the VAE-encoded pictures, by diffusers' own image processor."""
+    from diffusers.image_processor import VaeImageProcessor
+    from PIL import Image
+    G, params = _dp_tuned
+    n = _dp_pictures(tmp_path)
+    rows = [{"prompt": PROMPTS[0], "chosen": n[:2], "rejected": n[2:3]}, {"prompt": PROMPTS[1], "chosen": n[3:4], "rejected": n[4:6]}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = drpo.load_pairs(tmp_path / "pairs.jsonl")
+    assert [p[0] for p in pairs] == PROMPTS
+    phi = drpo.load_features("vae", G)
+    anchors = drpo.pair_anchors(G, phi, pairs)
+    processor, want = VaeImageProcessor(vae_scale_factor=4), []
+    for r in rows:
+        for side in ("chosen", "rejected"):
+            pixels = processor.preprocess([Image.open(tmp_path / f) for f in r[side]])
+            with torch.no_grad():
+                want.append(phi(G.vae.encode(pixels).latent_dist.mean * G.vae.config.scaling_factor, None))
+    for k, sides in enumerate(anchors):
+        for s, (a, mask) in enumerate(sides):
+            for p in range(2):
+                w = want[2 * p + s][k][:, 0]
+                assert mask[p].tolist() == [True] * len(w) + [False] * (len(mask[p]) - len(w))
+                _dp_close(a[p, :len(w)], w.double().numpy(), 1e-4)
+    whole, m, _ = _dp_gradient(G, params, "vae", 12, pairs=anchors)
+    part, _, _ = _dp_gradient(G, params, "vae", 5, pairs=anchors)
+    assert whole.norm() > 0 and (part - whole).norm() < 2e-4 * whole.norm()
+    swapped, _, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.0), pairs=[(b, a) for a, b in anchors])
+    plain, _, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.0), pairs=anchors)
+    assert (swapped + plain).norm() < 1e-4 * plain.norm(), "chosen and rejected exchanged: the other way"
+
+
+def test_half_precision_gradient(_dp_models):
+    """bf16 and fp16 point where float32 points; LoRA and its gradient stay float32; fp16 is scaled."""
+    gradients = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        G = _dp_open(_dp_models / "sd", dtype)
+        params = _dp_random_lora(G, size=0.1)
+        gradients[dtype], m, _ = _dp_gradient(G, params, "vae", 12)
+        assert gradients[dtype].dtype == torch.float32 and gradients[dtype].isfinite().all() and math.isfinite(m["loss"])
+    want = gradients.pop(torch.float32)
+    for dtype, got in gradients.items():
+        cosine = float(torch.cosine_similarity(got, want, dim=0))
+        assert cosine > (0.8 if dtype == torch.bfloat16 else 0.97), f"{dtype}: {cosine}"
+        assert 0.7 < float(got.norm() / want.norm()) < 1.4
+
+
+# ======================================================================================================================
+# 5. Runs: each in a process of its own, forked from a server that has imported everything and run nothing.
+# ======================================================================================================================
+
+REWARD_FILE = '''
+import os, random, time
+import numpy as np
+import torch
+
+calls = 0
+
+def good(images, prompts):
+    assert not torch.is_grad_enabled()
+    return [float(np.asarray(i, dtype=float)[..., 0].mean() - np.asarray(i, dtype=float)[..., 2].mean()) for i in images]
+
+def drawing(images, prompts):
+    """A reward with a random part, from every generator there is."""
+    return [s + random.random() + float(torch.rand(())) + np.random.rand() for s in good(images, prompts)]
+
+def third(answer):
+    """Good twice, then something else."""
+    def reward(images, prompts):
+        global calls
+        calls += 1
+        return good(images, prompts) if calls < 3 else answer(images, prompts)
+    return reward
+
+def fail(images, prompts):
+    raise ValueError("no camera\\nsecond line")
+
+raises3 = third(fail)
+raises = fail
+short3 = third(lambda i, p: [1.0])
+short = lambda i, p: [1.0]
+inf3 = third(lambda i, p: [float("inf")] * len(i))
+text3 = third(lambda i, p: ["good"] * len(i))
+hangs3 = third(lambda i, p: time.sleep(60))
+nan3 = third(lambda i, p: [float("nan")] * len(i))
+nan_some = lambda i, p: [s if n % 3 else float("nan") for n, s in enumerate(good(i, p))]
+dies3 = third(lambda i, p: os._exit(9) if os.environ.get("RANK") == "1" else good(i, p))
+raises3_on_1 = third(lambda i, p: fail(i, p) if os.environ.get("RANK") == "1" else good(i, p))
+
+def slow(images, prompts):
+    time.sleep(0.05)
+    return good(images, prompts)
+'''
+
+
+def _dp_child(argv, stream, cwd, env):
+    """Runs in the child: drpo.main(argv) with its output in files."""
+    for number, name in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    action = env.get("DP_ACTION")
+    if action == "tiny_file":  # files above this size cannot be written, as on a full disk
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(env["DP_LIMIT"]), resource.RLIM_INFINITY))
+    if action == "nonfinite":  # the gradients of these steps are spoilt
+        steps, plain = [int(s) for s in env["DP_STEPS"].split(",")], drpo.Trainer.gradient
+
+        def spoilt(T):
+            metrics = plain(T)
+            if T.step + 1 in steps:
+                T.params[0].grad.view(-1)[0] = math.nan if T.step % 2 else math.inf
+                metrics["loss"], metrics["rms_pref"] = math.nan, [math.nan] * 3
+            return metrics
+
+        drpo.Trainer.gradient = spoilt
+    drpo.main(argv)
+
+
+class _DpRun:
+    """A process that runs drpo.main(argv)."""
+
+    server = None
+
+    def __init__(self, argv, cwd, env=()):
+        if not _DpRun.server:
+            _DpRun.server = multiprocessing.get_context("forkserver")
+            _DpRun.server.set_forkserver_preload(
+                ["drpo", "pytest", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "eval",
+                 "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "transformers.models.clip.modeling_clip",
+                 "torch._dynamo"])
+        self.stream = str(Path(cwd) / f"stream{random.randrange(10 ** 12)}")
+        self.process = _DpRun.server.Process(target=_dp_child, args=([str(a) for a in argv], self.stream, str(cwd), dict(env)))
+        self.process.start()
+
+    def wait(self, seconds=120):
+        """-> exit code; the streams are in .out and .err."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {seconds} s: {self.read('.err')}")
+        self.out, self.err = self.read(".out"), self.read(".err")
+        return self.process.exitcode
+
+    def read(self, name):
+        return Path(self.stream + name).read_text() if Path(self.stream + name).exists() else ""
+
+    def kill(self, number):
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def _dp_home(tmp_path, _dp_models):
+    """A folder with a prompts file and a reward file."""
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\na bird\na blue house\na green tree\n")
+    (tmp_path / "own.py").write_text(REWARD_FILE)
+    return tmp_path
+
+
+def _dp_argv(models, out="run", reward="own.py:good", kind="sd", **kw):
+    """Command line of a tiny run."""
+    settings = dict(model=models / kind, reward=reward, prompts="prompts.txt", out=out, steps=4, batch=2, candidates=4,
+                    anchors=2, features="vae", lora_rank=2, preview_every=0, save_every=50, device="cpu", field="dipole",
+                    radii="0.2,0.5,1", lr=1e-3) | kw
+    return [a for k, v in settings.items() if v is not None
+            for a in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}", str(v)])]
+
+
+def _dp_metrics(run):
+    """metrics.jsonl as strict JSON, without the times."""
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+    lines = [json.loads(line, parse_constant=refuse) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if not k.startswith("seconds") and k != "images_per_second"} for m in lines]
+
+
+def _dp_state(run, name="checkpoint.pt"):
+    return drpo.load_checkpoint(Path(run)) if name == "checkpoint.pt" else None
+
+
+def _dp_weights(run):
+    return _dp_state(run)["weights"]
+
+
+def _dp_same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_a_run_and_its_files(_dp_models, _dp_home):
+    """What a run leaves behind; the LoRA in its folder is the one in its checkpoint; all of it moved from the start."""
+    from PIL import Image
+    from safetensors import safe_open
+    run = _DpRun(_dp_argv(_dp_models, preview_every=2, watch="jpeg", lora_format="both", lora_alpha=3), _dp_home)
+    assert run.wait() == 0, run.err
+    folder = _dp_home / "run"
+    assert "8 images a step" in run.out and "step 4/4" in run.out and "left" in run.out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 4 and config["lora_alpha"] == 3 and config["versions"]["torch"] == torch.__version__
+    metrics = _dp_metrics(folder)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    for m in metrics:
+        assert m["applied"] and m["loss"] > 0 and m["grad_norm"] > 0 and m["skipped"] == 0
+        assert m["reward_worst"] < m["reward_mean"] < m["reward_best"] and m["reward_std"] > 0 and m["gap"] > 0
+        assert len(m["rms_pref"]) == len(m["rms_ref"]) == 3 and min(m["rms_pref"]) > 0
+    assert "watch/jpeg" in metrics[0] and metrics[0]["distance"] == 0 < metrics[3]["distance"]
+    full = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][0]
+    for phase in ("sample", "decode", "reward", "features", "field", "backward", "optimizer"):
+        assert full[f"seconds_{phase}"] > 0
+    shots = sorted(p.name for p in (folder / "samples").iterdir())
+    assert shots == ["step-000000.png", "step-000002.png", "step-000004.png"]
+    for p in [*(folder / "samples").iterdir(), folder / "curve.png"]:
+        with Image.open(p) as image:
+            image.load()
+    state = _dp_state(folder)
+    assert state["step"] == 4 and state["position"] == 8
+    G = _dp_open(_dp_models / "sd")
+    G.load_lora(folder)
+    for p, w in zip((p for m in G.lora.values() for p in (m.A, m.B)), state["weights"], strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-8)
+        assert w.abs().max() > 0
+    for file in ("pytorch_lora_weights.safetensors", "kohya_lora.safetensors"):
+        with safe_open(folder / file, "pt") as f:
+            meta = f.metadata()
+        assert meta["base_model"] == str(_dp_models / "sd") and json.loads(meta["settings"])["steps"] == 4
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_first_step_is_adamw_by_hand(_dp_models, _dp_home):
+    """After one step every weight has moved by lr, against its clipped gradient: sign-like, as Adam's first step is."""
+    run = _DpRun(_dp_argv(_dp_models, steps=1, lr=1e-3, weight_decay=0), _dp_home)
+    assert run.wait() == 0, run.err
+    G = _dp_open(_dp_models / "sd")
+    torch.manual_seed(0)
+    start = [p.detach().clone() for p in G.add_lora(2, 16.0)]
+    moved = 0
+    for before, after in zip(start, _dp_weights(_dp_home / "run"), strict=True):
+        step = (after - before).abs()
+        assert step.max() <= 1.001e-3
+        moved += int((step > 0.9e-3).sum())
+    assert moved > 100  # B; A has no gradient while B is 0
+
+
+def test_same_seed_same_run_and_other_settings_of_no_effect(_dp_models, _dp_home):
+    """Bit for bit; another seed differs; the micro-batch changes nothing but rounding."""
+    runs = {name: _DpRun(_dp_argv(_dp_models, name, steps=2, **kw), _dp_home) for name, kw in
+            dict(a={}, b=dict(save_every=1, log_every=1), c=dict(seed=1), d=dict(micro_batch=3)).items()}
+    assert [r.wait() for r in runs.values()] == [0] * 4, [r.err for r in runs.values()]
+    weights = {name: _dp_weights(_dp_home / name) for name in runs}
+    assert _dp_same(weights["a"], weights["b"]) and _dp_metrics(_dp_home / "a") == _dp_metrics(_dp_home / "b")
+    assert not _dp_same(weights["a"], weights["c"])
+    a, d = _dp_metrics(_dp_home / "a"), _dp_metrics(_dp_home / "d")
+    assert [m["reward_mean"] for m in a] == pytest.approx([m["reward_mean"] for m in d], rel=1e-3, abs=1e-2)
+    assert [m["loss"] for m in a] == pytest.approx([m["loss"] for m in d], rel=1e-3)
+
+
+def test_resume_is_exact(_dp_models, _dp_home):
+    """4 steps at once and 2 + 2 with a new process between, with a reward that draws from every generator."""
+    whole = _DpRun(_dp_argv(_dp_models, "whole", "own.py:drawing", lr_decay=True), _dp_home)
+    half = _DpRun(_dp_argv(_dp_models, "half", "own.py:drawing", lr_decay=True, save_every=2), _dp_home)
+    assert whole.wait() == 0 and half.wait() == 0, whole.err + half.err
+    # back to the state after two steps: the checkpoint that is kept, and a metrics.jsonl that knows the future
+    folder = _dp_home / "half"
+    os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
+    assert _dp_state(folder)["step"] == 2
+    rest = _DpRun(["--resume", "half"], _dp_home)
+    assert rest.wait() == 0, rest.err
+    assert [m["step"] for m in _dp_metrics(folder)] == [1, 2, 3, 4]
+    assert _dp_metrics(folder) == _dp_metrics(_dp_home / "whole")
+    a, b = _dp_state(folder), _dp_state(_dp_home / "whole")
+    assert _dp_same(a["weights"], b["weights"]) and a["position"] == b["position"] == 8
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(x["exp_avg"], y["exp_avg"]) and torch.equal(x["exp_avg_sq"], y["exp_avg_sq"])
+
+
+def test_resume_further_and_changed_settings(_dp_models, _dp_home):
+    """--steps may grow; a setting that matters is refused by name, nothing is touched, and --change allows it."""
+    assert _DpRun(_dp_argv(_dp_models, steps=2), _dp_home).wait() == 0
+    before = {p.name: p.read_bytes() for p in (_dp_home / "run").iterdir() if p.is_file()}
+    run = _DpRun(["--resume", "run", "--lr", "0.5", "--candidates", "6"], _dp_home)
+    assert run.wait() == 2
+    _dp_one_line(run.err, "--lr", "--candidates", "0.001", "--change")
+    assert {p.name: p.read_bytes() for p in (_dp_home / "run").iterdir() if p.is_file()} == before
+    run = _DpRun(["--resume", "run", "--lr", "0.5", "--steps", "3", "--change"], _dp_home)
+    assert run.wait() == 0, run.err
+    metrics = _dp_metrics(_dp_home / "run")
+    assert [m["step"] for m in metrics] == [1, 2, 3] and [m["lr"] for m in metrics] == [0.001, 0.001, 0.5]
+    run = _DpRun(["--resume", "run", "--steps", "4"], _dp_home)
+    assert run.wait() == 0, run.err
+    assert _dp_metrics(_dp_home / "run")[3]["lr"] == 0.5, "the change stays"
+
+
+def _dp_one_line(err, *words):
+    """Exactly one line on stderr, which starts with `error:` and has these words."""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error:"), err
+    for word in words:
+        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+def test_torn_and_tampered_checkpoints(_dp_models, _dp_home, capfd):
+    """The checkpoint before is used, and both are named; a changed byte anywhere is found; two bad ones end it."""
+    assert _DpRun(_dp_argv(_dp_models, steps=3, save_every=1), _dp_home).wait() == 0
+    folder = _dp_home / "run"
+    good = (folder / "checkpoint.pt").read_bytes()
+    previous = (folder / "checkpoint.previous.pt").read_bytes()
+    spoilt = [good[:n] for n in (0, 1, 31, 32, 100, len(good) // 2, len(good) - 1)]
+    rng = random.Random(0)
+    for _ in range(30):
+        at = rng.randrange(len(good))
+        spoilt.append(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1:])
+    for data in spoilt:
+        (folder / "checkpoint.pt").write_bytes(data)
+        capfd.readouterr()
+        assert drpo.load_checkpoint(folder)["step"] == 2
+        said = capfd.readouterr().err
+        assert "checkpoint.pt" in said and "checkpoint.previous.pt" in said and "step 2" in said
+    # as a run: it goes on from step 2, and what it saves is whole
+    run = _DpRun(["--resume", "run", "--steps", "4"], _dp_home)
+    assert run.wait() == 0, run.err
+    assert "checkpoint.previous.pt" in run.err and [m["step"] for m in _dp_metrics(folder)] == [1, 2, 3, 4]
+    assert _dp_state(folder)["step"] == 4
+    (folder / "checkpoint.pt").write_bytes(good[:99])
+    (folder / "checkpoint.previous.pt").write_bytes(previous[:-5])
+    run = _DpRun(["--resume", "run", "--steps", "5"], _dp_home)
+    assert run.wait() == 2
+    _dp_one_line(run.err, "checkpoint.pt", "checkpoint.previous.pt", "checksum")
+
+
+def test_torn_checkpoint_never_replaces_the_good_one(tmp_path, monkeypatch):
+    """After a torn checkpoint the next save is killed between its two renames: the good one is still there."""
+    for step in (1, 2):
+        drpo.save_checkpoint(tmp_path, {"step": step})
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:50])
+    assert drpo.load_checkpoint(tmp_path)["step"] == 1
+    replace, count = os.replace, itertools.count()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(a, b):
+        if Path(b).name == "checkpoint.pt":
+            raise Killed
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(Killed):
+        drpo.save_checkpoint(tmp_path, {"step": 3})
+    monkeypatch.undo()
+    assert drpo.load_checkpoint(tmp_path)["step"] in (1, 3)
+
+
+def test_checkpoint_never_unpickles(tmp_path):
+    """A checkpoint with a right checksum but an object in it is not run."""
+    class Bomb:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "exploded", "x"))
+    drpo.save_checkpoint(tmp_path, {"step": 1, "bomb": Bomb()})
+    with pytest.raises(Exception):
+        drpo.load_checkpoint(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_kill_9_at_random_moments(_dp_models, _dp_home):
+    """20 kills, some during a save: always loadable, at most --save-every steps lost, no step twice or missing."""
+    folder, rng, rounds, reached = _dp_home / "run", random.Random(1), 0, 0
+    argv = _dp_argv(_dp_models, steps=10_000, save_every=1, log_every=100_000, batch=1, features="latent", lora_rank=8)
+    run = _DpRun(argv, _dp_home)
+    for rounds in range(20):
+        begun, target = time.monotonic(), reached + rng.randrange(1, 4)
+        while time.monotonic() - begun < 60:  # until it has trained some steps, then some fraction of a step more
+            log = folder / "metrics.jsonl"
+            if log.exists() and log.read_bytes().count(b"\n") > target:
+                break
+            assert run.process.exitcode is None, run.read(".err")
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.15)
+        run.kill(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        step = drpo.load_checkpoint(folder)["step"]
+        assert lines - 1 <= step <= lines and step >= reached, f"{lines} steps done, {step} saved, {reached} before"
+        reached = step
+        run = _DpRun(["--resume", "run", *(["--steps", str(step + 1)] if rounds == 19 else [])], _dp_home)
+    assert run.wait() == 0, run.err
+    assert [m["step"] for m in _dp_metrics(folder)] == list(range(1, reached + 2)) and reached >= 20
+    assert not {p.name for p in folder.iterdir()} - {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl",
+                                                    "pytorch_lora_weights.safetensors", "samples", "curve.png"}
+
+
+@pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_signals_finish_the_step_and_save(number, code, _dp_models, _dp_home):
+    run = _DpRun(_dp_argv(_dp_models, reward="own.py:slow", steps=10_000), _dp_home)
+    log = _dp_home / "run" / "metrics.jsonl"
+    begun = time.monotonic()
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.monotonic() - begun < 60:
+        time.sleep(0.01)
+    run.kill(number)
+    assert run.wait() == code, run.err
+    steps = [m["step"] for m in _dp_metrics(_dp_home / "run")]
+    assert steps == list(range(1, len(steps) + 1)) and _dp_state(_dp_home / "run")["step"] == len(steps)
+    assert "--resume run" in run.err and len(run.err.strip().splitlines()) == 1
+    rest = _DpRun(["--resume", "run", "--steps", len(steps) + 1], _dp_home)
+    assert rest.wait() == 0, rest.err
+    assert (_dp_home / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def _dp_disk_is_full(run, folder):
+    """One clear line, and the checkpoint that was there can be gone on from."""
+    assert run.wait() == 2, run.err
+    line = run.err.strip().splitlines()[-1]
+    assert line.startswith("error:") and "Traceback" not in run.err and len(run.err.strip().splitlines()) <= 2, run.err
+    assert "space" in line.lower() or "too large" in line.lower() or "written" in line, line
+    assert drpo.load_checkpoint(folder)["step"] >= 1
+    assert not list(folder.glob("*.tmp")), "half files are left behind"
+
+
+def test_disk_full_on_a_tmpfs(_dp_models, _dp_home):
+    """A file system of 1 MB that really fills up."""
+    disk = _dp_home / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
+    try:
+        run = _DpRun(_dp_argv(_dp_models, "disk/run", steps=1, lora_rank=4), _dp_home)
+        assert run.wait() == 0, run.err
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
+            while True:
+                f.write(b"x" * 4096)
+        run = _DpRun(["--resume", "disk/run", "--steps", "200", "--save-every", "1"], _dp_home)
+        _dp_disk_is_full(run, disk / "run")
+        filler.unlink()
+        done = drpo.load_checkpoint(disk / "run")["step"]
+        run = _DpRun(["--resume", "disk/run", "--steps", done + 1], _dp_home)
+        assert run.wait() == 0, run.err
+        assert [m["step"] for m in _dp_metrics(disk / "run")] == list(range(1, done + 2))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_file_too_large_during_a_save(_dp_models, _dp_home):
+    """Where no tmpfs can be mounted: writes of the checkpoint fail halfway."""
+    assert _DpRun(_dp_argv(_dp_models, steps=1), _dp_home).wait() == 0
+    size = (_dp_home / "run" / "checkpoint.pt").stat().st_size
+    run = _DpRun(["--resume", "run", "--steps", "3", "--save-every", "1"], _dp_home, {"DP_ACTION": "tiny_file", "DP_LIMIT": str(size // 2)})
+    _dp_disk_is_full(run, _dp_home / "run")
+    run = _DpRun(["--resume", "run", "--steps", "3"], _dp_home)
+    assert run.wait() == 0, run.err
+    assert [m["step"] for m in _dp_metrics(_dp_home / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reward,words", (("raises3", "no camera"), ("short3", "1 scores for 8 images"), ("inf3", "inf"),
+                                          ("text3", "good"), ("hangs3", "--reward-timeout")))
+def test_rewards_that_fail_at_step_3(reward, words, _dp_models, _dp_home):
+    """One line with the reward, the step and the way on; two steps are saved, and --resume goes on from there."""
+    run = _DpRun(_dp_argv(_dp_models, reward=f"own.py:{reward}", reward_timeout=1), _dp_home)
+    assert run.wait() == 2, run.err
+    _dp_one_line(run.err, f"own.py:{reward}", "step 3", words, "--resume run")
+    assert [m["step"] for m in _dp_metrics(_dp_home / "run")] == [1, 2]
+    assert _dp_state(_dp_home / "run")["step"] == 2
+    if reward != "raises3":
+        return
+    run = _DpRun(["--resume", "run"], _dp_home)  # a new process: its counter begins anew
+    plain = _DpRun(_dp_argv(_dp_models, "plain"), _dp_home)
+    assert run.wait() == 0 and plain.wait() == 0, run.err
+    assert _dp_metrics(_dp_home / "run") == _dp_metrics(_dp_home / "plain"), "as if nothing had happened"
+
+
+def test_nan_scores_in_a_run(_dp_models, _dp_home):
+    """No opinion on some: trained on the others. On all: reference drift, counted, and the log stays JSON."""
+    runs = {r: _DpRun(_dp_argv(_dp_models, r, f"own.py:{r}"), _dp_home) for r in ("nan3", "nan_some")}
+    assert all(r.wait() == 0 for r in runs.values()), [r.err for r in runs.values()]
+    assert [m["skipped"] for m in _dp_metrics(_dp_home / "nan3")] == [0, 0, 2, 2]
+    assert [m["skipped"] for m in _dp_metrics(_dp_home / "nan_some")] == [0, 0, 0, 0]
+    assert all(torch.isfinite(w).all() for r in runs for w in _dp_weights(_dp_home / r))
+
+
+def test_nonfinite_gradients(_dp_models, _dp_home):
+    """Skipped and counted; three in a row stop the run with a checkpoint and advice, and it can be gone on with."""
+    plain = _DpRun(_dp_argv(_dp_models, "plain", steps=2), _dp_home)
+    run = _DpRun(_dp_argv(_dp_models, "a", steps=5), _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4"})
+    stopped = _DpRun(_dp_argv(_dp_models, "b", steps=9), _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4,5,6,7,8,9"})
+    assert plain.wait() == 0 and run.wait() == 0, run.err
+    assert [m["applied"] for m in _dp_metrics(_dp_home / "a")] == [True, True, False, False, True]
+    assert all(torch.isfinite(w).all() for w in _dp_weights(_dp_home / "a"))
+    assert stopped.wait() == 2
+    _dp_one_line(stopped.err, "step 5", "three", "--lr")
+    assert [m["applied"] for m in _dp_metrics(_dp_home / "b")] == [True, True, False, False, False]
+    assert _dp_state(_dp_home / "b")["step"] == 5
+    assert _dp_same(_dp_weights(_dp_home / "b"), _dp_weights(_dp_home / "plain")), "nothing of these steps was applied"
+    healthy = _DpRun(["--resume", "b", "--steps", "7"], _dp_home)
+    assert healthy.wait() == 0, healthy.err
+    assert [m["applied"] for m in _dp_metrics(_dp_home / "b")] == [True, True, False, False, False, True, True]
+    sick = _DpRun(["--resume", "b", "--steps", "20"], _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "8,9,10,11,12,13"})
+    assert sick.wait() == 2 and _dp_state(_dp_home / "b")["step"] == 10
+
+
+def test_model_file_that_disappears(_dp_models, _dp_home):
+    """Between a run and its --resume: one line that names the model; the run is as it was."""
+    shutil.copytree(_dp_models / "sd", _dp_home / "sd")
+    assert _DpRun(_dp_argv(_dp_home, steps=1), _dp_home).wait() == 0
+    before = (_dp_home / "run" / "checkpoint.pt").read_bytes()
+    for spoil in (lambda: next((_dp_home / "sd" / "unet").glob("*.safetensors")).write_bytes(b"torn"),
+                  lambda: next((_dp_home / "sd" / "unet").glob("*.safetensors")).unlink(),
+                  lambda: shutil.rmtree(_dp_home / "sd")):
+        spoil()
+        run = _DpRun(["--resume", "run", "--steps", "2"], _dp_home)
+        assert run.wait() == 2
+        _dp_one_line(run.err, str(_dp_home / "sd"))
+        assert (_dp_home / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_merge_equals_the_lora(kind, _dp_models, _dp_home):
+    """A whole pipeline with the LoRA folded in draws what the base with the LoRA draws."""
+    from diffusers import DiffusionPipeline
+    run = _DpRun(_dp_argv(_dp_models, kind=kind, lr=0.05, lora_alpha=5, steps=2), _dp_home)
+    assert run.wait() == 0, run.err
+    run = _DpRun(["--merge", "run", "merged"], _dp_home)
+    assert run.wait() == 0, run.err
+    pipe, e = DiffusionPipeline.from_pretrained(_dp_home / "merged"), _dp_noise()
+    merged = _dp_pipe_sample(pipe, e)
+    base = DiffusionPipeline.from_pretrained(_dp_models / kind)
+    plain = _dp_pipe_sample(base, e)
+    base.load_lora_weights(_dp_home / "run")
+    want = _dp_pipe_sample(base, e)
+    assert (want - plain).abs().max() > 1e-2
+    _dp_close(merged, want.double().numpy(), 3e-5)
+    again = _DpRun(["--merge", "run", "merged"], _dp_home)
+    assert again.wait() == 2
+    _dp_one_line(again.err, "merged", "exists")
+    nothing = _DpRun(["--merge", "nowhere", "other"], _dp_home)
+    assert nothing.wait() == 2 and not (_dp_home / "other").exists()
+    _dp_one_line(nothing.err, "nowhere")
+
+
+def test_full_finetuning(_dp_models, _dp_home):
+    """--full: every weight of the UNet trains in float32 (under bf16 too), the kept copy stays the base; it resumes."""
+    from diffusers import UNet2DConditionModel
+    base = UNet2DConditionModel.from_pretrained(_dp_models / "sd" / "unet")
+    for dtype in ("fp32", "bf16"):
+        run = _DpRun(_dp_argv(_dp_models, dtype, full=True, dtype=dtype, steps=2, lr=1e-4), _dp_home)
+        assert run.wait() == 0, run.err
+        m = _dp_metrics(_dp_home / dtype)
+        assert m[1]["distance"] > 1e-3 and m[1]["applied"]
+        assert m[0]["distance"] == (0 if dtype == "fp32" else pytest.approx(0, abs=2))
+        tuned = UNet2DConditionModel.from_pretrained(_dp_home / dtype / "unet")
+        moved = [n for (n, a), b in zip(base.named_parameters(), tuned.parameters()) if not torch.equal(a, b)]
+        assert len(moved) > 0.9 * len(list(base.parameters())) and tuned.dtype == torch.float32
+    run = _DpRun(["--resume", "fp32", "--steps", "3"], _dp_home)
+    assert run.wait() == 0, run.err
+
+
+@pytest.mark.parametrize("kind,dtype", (("sd", "bf16"), ("sdxl", "bf16"), ("sdxl", "fp16"), ("sdxl", "fp32")))
+def test_runs_in_every_dtype(kind, dtype, _dp_models, _dp_home):
+    run = _DpRun(_dp_argv(_dp_models, kind=kind, dtype=dtype, steps=2, features="vae,unet", preview_every=2), _dp_home)
+    assert run.wait() == 0, run.err
+    metrics = _dp_metrics(_dp_home / "run")
+    assert [m["applied"] for m in metrics] == [True, True] and metrics[1]["distance"] > 0
+    lines = run.err.strip().splitlines()
+    assert len(lines) == (1 if (kind, dtype) == ("sdxl", "fp16") else 0), "one line where the VAE is lifted, else silence"
+    assert all(w.dtype == torch.float32 for w in _dp_weights(_dp_home / "run"))
+
+
+def test_offline_pairs_run(_dp_models, _dp_home):
+    """No reward is called; the loss falls on a fixed set of two pairs."""
+    n = _dp_pictures(_dp_home)
+    rows = [{"prompt": "a red cat", "chosen": n[:2], "rejected": n[2:3]}, {"prompt": "two dogs", "chosen": n[3:4], "rejected": n[4:]}]
+    (_dp_home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = _DpRun(_dp_argv(_dp_models, reward=None, prompts=None, pairs="pairs.jsonl"), _dp_home)
+    assert run.wait() == 0, run.err
+    metrics = _dp_metrics(_dp_home / "run")
+    assert all(m["applied"] and min(m["rms_pref"]) > 0 and "reward_mean" not in m for m in metrics)
+    assert metrics[-1]["distance"] > 0
+    run = _DpRun(["--resume", "run", "--steps", "5"], _dp_home)
+    assert run.wait() == 0, run.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several ranks, with gloo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dp_ranks(argv, home, n, env=()):
+    """The processes that torchrun would start."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [_DpRun(argv, home, dict(env) | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                                            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}) for r in range(n)]
+
+
+def test_two_ranks_are_one_of_twice_the_batch(_dp_models, _dp_home):
+    """2 ranks x 2 prompts = 1 rank x 4 prompts: the first update's norm and weights; then with another number of ranks."""
+    kw = dict(steps=2, clip=1e9, weight_decay=0)
+    one = _DpRun(_dp_argv(_dp_models, "one", batch=4, **kw), _dp_home)
+    two = _dp_ranks(_dp_argv(_dp_models, "two", batch=2, **kw), _dp_home, 2)
+    assert one.wait() == 0 and [r.wait() for r in two] == [0, 0], [r.err for r in (one, *two)]
+    a, b = _dp_metrics(_dp_home / "one"), _dp_metrics(_dp_home / "two")
+    assert [m["step"] for m in b] == [1, 2], "rank 0 alone writes"
+    for x, y in zip(a, b):
+        assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-3)
+    states = [_dp_state(_dp_home / n) for n in ("one", "two")]
+    assert states[0]["position"] == states[1]["position"] == 8
+    # Adam's second moments are means of squared gradients: the gradients were equal
+    for x, y in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert (x[key] - y[key]).norm() <= 2e-3 * x[key].norm()
+    run = _DpRun(["--resume", "two", "--steps", "3"], _dp_home)
+    assert run.wait() == 0, run.err
+    assert _dp_state(_dp_home / "two")["position"] == 10 and [m["step"] for m in _dp_metrics(_dp_home / "two")] == [1, 2, 3]
+    more = _dp_ranks(["--resume", "two", "--steps", "4"], _dp_home, 2)
+    assert [r.wait() for r in more] == [0, 0], [r.err for r in more]
+    assert _dp_state(_dp_home / "two")["position"] == 14
+
+
+@pytest.mark.parametrize("reward", ("dies3", "raises3_on_1"))
+def test_a_rank_that_dies(reward, _dp_models, _dp_home):
+    """A clear line, and a checkpoint of the last whole step."""
+    ranks = _dp_ranks(_dp_argv(_dp_models, reward=f"own.py:{reward}", steps=6), _dp_home, 2)
+    assert [r.wait() for r in ranks] == [2, 9 if reward == "dies3" else 2]
+    _dp_one_line(ranks[0].err.strip().splitlines()[-1], "rank", "step 3", "--resume run")
+    assert "Traceback" not in ranks[0].err
+    assert _dp_state(_dp_home / "run")["step"] == 2 and [m["step"] for m in _dp_metrics(_dp_home / "run")] == [1, 2]
+    run = _DpRun(["--resume", "run", "--steps", "3"], _dp_home)
+    assert run.wait() == 0, run.err
+
+
+def test_signal_to_all_ranks(_dp_models, _dp_home):
+    """SIGTERM, as torchrun passes it on: every rank ends after the same step."""
+    ranks = _dp_ranks(_dp_argv(_dp_models, reward="own.py:slow", steps=10_000), _dp_home, 2)
+    log, begun = _dp_home / "run" / "metrics.jsonl", time.monotonic()
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.monotonic() - begun < 60:
+        time.sleep(0.01)
+    for r in ranks:
+        r.kill(signal.SIGTERM)
+        time.sleep(0.03)
+    assert [r.wait() for r in ranks] == [143, 143], [r.err for r in ranks]
+    assert _dp_state(_dp_home / "run")["step"] == len(_dp_metrics(_dp_home / "run"))
+
+
+# ======================================================================================================================
+# 6. Bad input: one clear line, exit code 2, nothing written.
+# ======================================================================================================================
+
+
+def _dp_files(home):
+    return sorted((str(p.relative_to(home)), p.stat().st_size) for p in home.rglob("*") if "__pycache__" not in p.parts)
+
+
+def _dp_refused(argv, home, capfd, *words):
+    """drpo.main(argv) in home: SystemExit 2, one line on stderr with these words, no file more or less than before."""
+    before = _dp_files(home)
+    capfd.readouterr()
+    with contextlib.chdir(home), pytest.raises(SystemExit) as done:
+        drpo.main([str(a) for a in argv])
+    err = capfd.readouterr().err
+    assert done.value.code == 2, err
+    _dp_one_line(err, *words)
+    assert _dp_files(home) == before, "something was written"
+
+
+BAD = {  # what is given in place of a good setting -> words of the line
+    "model": (dict(model="sd-turb"), ("sd-turb", "sd-turbo", "folder")),
+    "reward": (dict(reward="scen"), ("scen", "scene")),
+    "reward-part": (dict(reward="jpeg=1,scen=2"), ("scen", "scene")),
+    "reward-weight": (dict(reward="jpeg=much"), ("much", "jpeg")),
+    "watch": (dict(watch="jpge"), ("jpge", "jpeg")),
+    "feature": (dict(features="vae,latent-mea"), ("latent-mea", "latent-mae")),
+    "kernel": (dict(kernel="laplacan"), ("laplacan", "laplacian")),
+    "field": (dict(field="dipol"), ("dipol", "dipole")),
+    "prompts": (dict(prompts="animal"), ("animal", "animals")),
+    "prompts-missing": (dict(prompts="no/such/file.txt"), ("no/such/file.txt",)),
+    "prompts-folder": (dict(prompts="."), (".",)),
+    "prompts-empty": (dict(prompts="empty.txt"), ("empty.txt", "empty")),
+    "prompts-latin": (dict(prompts="latin.txt"), ("latin.txt", "UTF-8")),
+    "prompts-jsonl": (dict(prompts="wrong.jsonl"), ("wrong.jsonl", "line 2", "prompt")),
+    "anchors": (dict(anchors=3, candidates=4), ("--anchors", "--candidates", "3", "4")),
+    "anchors-none": (dict(anchors=0), ("--anchors",)),
+    "steps": (dict(steps=0), ("--steps",)),
+    "batch": (dict(batch=-1), ("--batch",)),
+    "rank": (dict(lora_rank=0), ("--lora-rank",)),
+    "save-every": (dict(save_every=0), ("--save-every",)),
+    "micro-batch": (dict(micro_batch="0"), ("--micro-batch",)),
+    "micro-batch-word": (dict(micro_batch="some"), ("--micro-batch", "some")),
+    "radii": (dict(radii="0.2,-1"), ("--radii",)),
+    "radii-word": (dict(radii="a,b"), ("--radii", "a,b")),
+    "radii-none": (dict(radii="nan"), ("--radii",)),
+    "lr-word": (dict(lr="fast"), ("--lr", "fast")),
+    "lr-negative": (dict(lr="-1"), ("--lr",)),
+    "lr-nan": (dict(lr="nan"), ("--lr",)),
+    "decay-negative": (dict(weight_decay="-1"), ("--weight-decay",)),
+    "lambda-nan": (dict(lambda_ref="nan"), ("--lambda-ref",)),
+    "timeout": (dict(reward_timeout="0"), ("--reward-timeout",)),
+    "device": (dict(device="gpu"), ("gpu",)),
+    "reward-file-missing": (dict(reward="none.py:good"), ("none.py:good",)),
+    "reward-name-missing": (dict(reward="own.py:goood"), ("own.py:goood",)),
+    "reward-name-not-given": (dict(reward="own.py"), ("own.py:function",)),
+    "reward-file-raises": (dict(reward="broken.py:f"), ("broken.py:f", "boom")),
+    "reward-not-callable": (dict(reward="own.py:calls"), ("own.py:calls",)),
+    "features-file": (dict(features="latent-mae@none.pth"), ("none.pth",)),
+    "features-not-mae": (dict(features="latent-mae@other.pth"), ("other.pth", "encoder.conv1")),
+    "features-torn": (dict(features="latent-mae@prompts.txt"), ("prompts.txt",)),
+    "features-folder": (dict(features="mae@nowhere/at/all"), ("nowhere/at/all",)),
+    "out-holds-a-run": (dict(out="old"), ("old", "--resume")),
+    "out-is-a-file": (dict(out="prompts.txt"), ("prompts.txt",)),
+    "out-under-a-file": (dict(out="prompts.txt/run"), ("prompts.txt",)),
+    "model-folder-empty": (dict(model="old"), ("old", "model_index.json")),
+    "model-index-torn": (dict(model="torn"), ("torn",)),
+    "reward-raises": (dict(reward="own.py:raises"), ("own.py:raises", "step 1", "no camera")),
+    "reward-count": (dict(reward="own.py:short"), ("own.py:short", "step 1", "8 images")),
+    "resume-nothing": (dict(resume="nowhere", out=None), ("nowhere",)),
+    "resume-no-checkpoint": (dict(resume="old", out=None), ("old", "checkpoint")),
+    "resume-config-torn": (dict(resume="tornrun", out=None), ("tornrun",)),
+    "pairs-missing": (dict(pairs="none.jsonl"), ("none.jsonl",)),
+    "pairs-empty": (dict(pairs="empty.txt"), ("empty.txt", "empty")),
+    "pairs-latin": (dict(pairs="latin.txt"), ("latin.txt", "line 1")),
+    "pairs-no-json": (dict(pairs="prompts.txt"), ("prompts.txt", "line 1", "prompt")),
+    "pairs-outside": (dict(pairs="inner/up.jsonl"), ("up.jsonl", "line 2", "outside", "--pairs-anywhere")),
+    "pairs-absolute": (dict(pairs="inner/absolute.jsonl"), ("absolute.jsonl", "line 1", "outside")),
+    "pairs-link": (dict(pairs="inner/link.jsonl"), ("link.jsonl", "line 1", "outside")),
+    "pairs-no-picture": (dict(pairs="inner/lost.jsonl"), ("lost.jsonl", "line 1", "lost.png")),
+    "pairs-one-side": (dict(pairs="inner/half.jsonl"), ("half.jsonl", "line 1", "rejected")),
+    "pairs-number": (dict(pairs="inner/number.jsonl"), ("number.jsonl", "line 1")),
+    "pairs-not-a-picture": (dict(pairs="inner/text.jsonl"), ("text.png",)),
+}
+
+
+@pytest.fixture
+def _dp_traps(_dp_home, _dp_models):
+    """Files that are missing something."""
+    write = lambda name, text: (_dp_home / name).write_text(text)
+    for folder in ("old", "torn", "tornrun", "inner"):
+        (_dp_home / folder).mkdir()
+    write("empty.txt", " \n\n")
+    (_dp_home / "latin.txt").write_bytes("a café\n".encode("latin-1"))
+    write("wrong.jsonl", '{"prompt": "a cat"}\n{"text": "a dog"}\n')
+    write("broken.py", "raise RuntimeError('boom')\n")
+    torch.save({"decoder.x": torch.zeros(1)}, _dp_home / "other.pth")
+    write("old/config.json", json.dumps(drpo.settings(drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals"))))
+    write("torn/model_index.json", '{"_class_')
+    write("tornrun/config.json", '{"model":')
+    _dp_pictures(_dp_home, 1)
+    _dp_pictures(_dp_home / "inner", 2)
+    write("inner/text.png", "no picture")
+    (_dp_home / "inner" / "link.png").symlink_to(_dp_home / "0.png")
+    good = {"prompt": "a cat", "chosen": ["0.png"], "rejected": ["1.png"]}
+    for name, rows in {"up": [good, good | {"chosen": ["../0.png"]}], "absolute": [good | {"chosen": [str(_dp_home / "0.png")]}],
+                       "link": [good | {"rejected": ["link.png"]}], "lost": [good | {"chosen": ["lost.png"]}],
+                       "half": [good | {"rejected": []}], "number": [good | {"chosen": [5]}], "text": [good | {"chosen": ["text.png"]}],
+                       "good": [good]}.items():
+        write(f"inner/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    return _dp_home
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, _dp_models, _dp_traps, capfd):
+    settings, words = BAD[case]
+    if "pairs" in settings:
+        settings = settings | dict(reward=None, prompts=None)
+    if "resume" in settings:
+        argv = ["--resume", settings["resume"]]
+    else:
+        argv = _dp_argv(_dp_models, **settings)
+    _dp_refused(argv, _dp_traps, capfd, *words)
+
+
+def test_bad_flags(_dp_home, capfd):
+    _dp_refused(["--modle", "toy"], _dp_home, capfd, "--modle")
+    _dp_refused(["--steps", "many"], _dp_home, capfd, "--steps", "many")
+    _dp_refused(["--merge", "one"], _dp_home, capfd, "--merge")
+    _dp_refused(["toy"], _dp_home, capfd, "toy")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_no_cuda_where_cuda_was_asked_for(_dp_models, _dp_home, capfd):
+    for device in ("cuda", "cuda:1"):
+        _dp_refused(_dp_argv(_dp_models, device=device), _dp_home, capfd, "CUDA", "--device cpu")
+
+
+def test_reward_that_is_bad_at_once_can_be_mended(_dp_models, _dp_home, capfd):
+    """The same command works after the reward file is mended: the failure left no run behind."""
+    argv = _dp_argv(_dp_models, reward="own.py:short", steps=1)
+    _dp_refused(argv, _dp_home, capfd, "own.py:short")
+    (_dp_home / "own.py").write_text(REWARD_FILE + "\nshort = good\n")
+    with contextlib.chdir(_dp_home):
+        drpo.main(argv)
+    assert _dp_state(_dp_home / "run")["step"] == 1
+
+
+def test_tensorboard_only_where_it_is(_dp_models, _dp_home, capfd):
+    """Event files if and only if the package is there and the flag is given."""
+    argv = _dp_argv(_dp_models, tensorboard=True, steps=1)
+    try:
+        import torch.utils.tensorboard
+    except ImportError:
+        _dp_refused(argv, _dp_home, capfd, "--tensorboard", "pip install tensorboard")
+        return
+    with contextlib.chdir(_dp_home):
+        drpo.main(argv)
+        drpo.main(_dp_argv(_dp_models, "other", steps=1))
+    assert list((_dp_home / "run").rglob("events.out*")) and not list((_dp_home / "other").rglob("events.out*"))
+
+
+def test_hub_model_that_cannot_be_had(_dp_home, capfd, monkeypatch):
+    """Neither cached nor reachable: says so, names the toy and a local folder as ways on."""
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(_dp_home / "cache"))
+    for model in ("nobody/has-this-model", "sd-turbo", "sdxl-turbo"):
+        wanted = model if "/" in model else f"stabilityai/{model}"
+        _dp_refused(["--model", model, "--prompts", "animals", "--reward", "jpeg", "--device", "cpu", "--features", "vae"], _dp_home, capfd,
+                    wanted, "--model toy", "local")
+
+
+def test_prompt_list_that_cannot_be_fetched_or_is_another(tmp_path, capfd, monkeypatch):
+    """The fetched list is checked against its checksum each time; a failure names the address and where to put the file."""
+    def unreachable(url, path, **kw):
+        raise OSError("no route")
+    monkeypatch.setenv("DRPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(drpo.UserError, match="train.txt.*no route"):
+        drpo.load_prompts("pickapic")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **kw: Path(path).write_text("a cat\n"))
+    with pytest.raises(drpo.UserError, match="sha256"):
+        drpo.load_prompts("pickapic")
+
+
+def test_prompt_sources(tmp_path):
+    """A text file (blank lines and a byte order mark aside), a .jsonl, built-in names."""
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat\n\n  une forêt \r\n".encode())
+    assert drpo.load_prompts(str(tmp_path / "p.txt")) == ["a cat", "une forêt"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "x": 1}\n\n{"prompt": "a dog"}\n')
+    assert drpo.load_prompts(str(tmp_path / "p.jsonl")) == ["a cat", "a dog"]
+    animals = drpo.load_prompts("animals")
+    assert len(animals) == len(set(animals)) == 135 and "a llama playing chess" in animals
+
+
+def test_pairs_anywhere_when_allowed(_dp_traps):
+    with pytest.raises(drpo.UserError):
+        drpo.load_pairs(_dp_traps / "inner" / "up.jsonl")
+    assert len(drpo.load_pairs(_dp_traps / "inner" / "up.jsonl", True)) == 2
+    assert len(drpo.load_pairs(_dp_traps / "inner" / "good.jsonl")) == 1
+    assert drpo.parse(["--model", "toy", "--pairs", "x", "--pairs-anywhere"]).pairs_anywhere is True
+
+
+def test_settings_and_presets():
+    """The command line is Config: given before preset before default."""
+    toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
+    assert toy == drpo.Config()
+    assert (sd.field, sd.features, sd.radii, sd.batch, sd.candidates, sd.anchors) == ("released", "latent-mae", (0.02, 0.05, 0.2), 8, 24, 8)
+    assert (xl.field, xl.features, xl.lr, xl.candidates) == ("released", "unet", 1e-5, 16)
+    mine = drpo.parse("--model sd-turbo --radii 0.1,0.3 --lr 0.5 --field dipole --full".split())
+    assert (mine.radii, mine.lr, mine.field, mine.full, mine.batch) == ((0.1, 0.3), 0.5, "dipole", True, 8)
+
+
+def test_import_is_light():
+    """diffusers and transformers are imported when a model is loaded, not before."""
+    code = "import sys, drpo; assert not {'diffusers', 'transformers', 'PIL.ImageDraw', 'peft', 'accelerate'} & set(sys.modules), 'heavy'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_of_the_readme_parse(monkeypatch):
+    """Every line of README's code blocks that starts one of the programs goes through that program's parser."""
+    import eval as evaluation
+    import rewards
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S)
+    lines = [line.strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    starts = {}
+    for line in lines:
+        found = re.match(r"(?:\w+=\S+ )*(?:python|torchrun \S+(?: \S+)*?) ((?:drpo|eval|rewards)\.py)\b(.*)", line)
+        if found:
+            starts.setdefault(found[1], []).append(shlex.split(found[2], comments=True))
+    assert starts.get("drpo.py") and starts.get("eval.py") and starts.get("rewards.py"), f"README has only {starts}"
+
+    class Parsed(Exception):
+        pass
+
+    for argv in starts["drpo.py"]:
+        if "--resume" in argv:  # the run that is named need not be there: only the flags are looked at
+            argv = [a for i, a in enumerate(argv) if a != "--resume" and argv[i - 1:i] != ["--resume"]]
+        if "--help" in argv:
+            continue
+        drpo.parse([a for a in argv if a])
+    # the other two: stopped where parsing ends
+    import argparse
+    plain = argparse.ArgumentParser.parse_args
+
+    def stop(self, *a, **kw):
+        plain(self, *a, **kw)
+        raise Parsed
+
+    for name, module in (("eval.py", evaluation), ("rewards.py", rewards)):
+        for argv in starts[name]:
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            with pytest.raises(Parsed):
+                module.main(argv)
+            monkeypatch.undo()
+
+
+# ======================================================================================================================
+# 7. The toy.
+# ======================================================================================================================
+
+TOY_STEPS, TOY_GAIN = 25, 0.06  # the mean of `scene` over fresh noise and captions must rise by this in so many steps
+
+
+def _dp_toy_score(G, captions, scene):
+    """Mean `scene` score of 3 pictures of each caption, with noise that no training step sees."""
+    scores = []
+    with torch.no_grad():
+        for i in range(0, len(captions), 16):
+            part = [c for c in captions[i:i + 16] for _ in range(3)]
+            noise = torch.stack([drpo.prompt_noise(12345, i * 3 + j, G.noise_shape) for j in range(len(part))])
+            scores.append(scene(drpo.rewards.to_pil(G.decode(G.sample(noise, G.encode(part)))), part))
+    return float(torch.cat(scores).mean())
+
+
+def test_the_toy_improves(tmp_path):
+    """A short run with the defaults but --steps: held-out captions are followed better than by the base."""
+    done = subprocess.run([sys.executable, str(HERE / "drpo.py"), "--model", "toy", "--steps", str(TOY_STEPS), "--preview-every", "0",
+                           "--device", "cpu", "--out", str(tmp_path / "run")], capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    assert done.returncode == 0, done.stderr
+    captions = drpo.load_prompts("scenes-test")
+    captions = captions[::max(1, len(captions) // 64)][:64]
+    scene = drpo.rewards.load("scene")
+    G = drpo.load_generator("toy")
+    base = _dp_toy_score(G, captions, scene)
+    G.load_lora(tmp_path / "run")
+    tuned = _dp_toy_score(G, captions, scene)
+    assert tuned - base > TOY_GAIN, f"{base:.3f} -> {tuned:.3f}"
+    metrics = _dp_metrics(tmp_path / "run")
+    assert metrics[-1]["diversity"] > 0.8

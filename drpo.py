@@ -1,8 +1,40 @@
-"""Drifting Preference Optimization (DrPO, arXiv 2606.02521): preference finetuning of one-step text-to-image generators.
+"""Drifting Preference Optimization (DrPO, arXiv 2606.02521): preference finetuning of one-step text-to-image models.
 
-TODO docstring
+    pip install -r requirements.txt
+    python drpo.py --model toy                                  a laptop, three minutes
+    python drpo.py --model sd-turbo --reward pickscore --watch clip,aesthetic      one CUDA GPU
+    python drpo.py --model sdxl-turbo --reward my_file.py:my_reward                any black box that scores pictures
+
+A one-step generator G_theta maps noise e and a prompt c to a picture in one forward pass. For each prompt, K candidates
+are sampled and a reward S RANKS them; its gradient and its scale are never used. In the space of frozen features phi,
+
+    z_i = phi(G_theta(e_i, c)),  r_i = phi(G_ref(e_i, c))  with the same noise;  A+, A- = features of the m best, m worst
+    E(z)     = sum_j [k(z, a_j+) - k(z, a_j-)]             dipole energy; exp(E) is the reward that is climbed
+    V_pref   = grad_z E(z)                                 preference field                              `dipole_field`
+    V_ref    = mu_R(z) - mu_Z(z)                           drift toward the base, by mean shift          `reference_drift`
+    z*       = sg[z + eta (V_pref + lambda V_ref)]         detached target                               `drpo_target`
+    L(theta) = 1/2 mean_i ||z_i - z_i*||^2                 regression                                    `regression_loss`
+
+Symbols: P prompts a step, K candidates, m anchors of each sign, T vectors an image (a feature map may have several, e.g.
+one a patch), N = K T samples of one prompt and map, D features, k kernel, s mean distance, tau = radius s bandwidth,
+eta step, lambda weight of the drift, sg stop gradient, mu_B mean of the set B weighted by the kernel. Arrays (P, N, D).
+
+Where this differs from the paper
+ 1. tau is a radius times s, the mean distance of the samples to the set in use, and each radius' field is scaled to unit
+    RMS and summed, as in the released code. So the loss is nearly constant: watch rms_pref, the reward, the distance.
+ 2. z* moves in units u = s / sqrt(D), and the loss is the mean over N and D of ((z - z*) / u)^2 / 2, so that feature maps
+    of any scale and size weigh alike. Without it the toy reached 70% instead of 91% (README).
+ 3. In mu_Z a sample does not count itself; an anchor that is the sample itself exerts no force.
+ 4. Ties and missing opinions (NaN) have rules: see `rank`. A strictly increasing change of the scores changes nothing.
+ 5. Micro-batches are exact, since the target is detached: see `drpo_gradient`.
+Where this differs from the authors' released code (`--field released` is its arithmetic; presets sd-turbo, sdxl-turbo)
+ 6. ViT-MAE sees every patch, in order; there, 75% are masked at random even in evaluation.
+ 7. Anchors are gathered from the candidates; there, their pictures are decoded and encoded a second time.
+ 8. Distances are sums of squared differences in float32; there, of products, which loses digits near zero.
+ 9. bf16 with float32 last layers and LoRA, instead of fp16 autocast; no gradient checkpointing: micro-batches instead.
+10. The noise of a prompt depends on the seed and its position alone: not on the micro-batch, the device, or the GPUs.
 """
-import argparse, contextlib, difflib, hashlib, io, json, math, os, queue, random, re, shutil, signal, subprocess, sys
+import argparse, contextlib, hashlib, importlib.util, io, json, logging, math, os, random, re, shutil, signal, subprocess, sys
 import threading, time, warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -16,18 +48,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import rewards
-from rewards import UserError  # what the user can mend: one line on stderr, exit code 2
+from rewards import Scorer, UserError, fetch, load_pairs, load_prompts, pick  # UserError: one line, exit code 2
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("laplacian", "rbf", "cosine", "exponential")
 FIELDS = ("dipole", "released")
 FEATURES = ("latent-mae", "vae", "unet", "mae", "dino", "latent")
 
-
 def opt(default, help, **kw):
     """One setting: its default, its line in --help."""
     return field(default=default, metadata=dict(help=help, **kw))
-
 
 @dataclass
 class Config:
@@ -40,33 +70,30 @@ class Config:
     prompts: str = opt("scenes", "a text file (a prompt a line), a .jsonl with \"prompt\", or scenes, animals, pickapic")
     pairs: str = opt("", "offline instead of --reward: a .jsonl with prompt, chosen: [files], rejected: [files]")
     pairs_anywhere: bool = opt(False, "files of --pairs may lie outside its folder")
-    steps: int = opt(120, "optimizer steps")
-    batch: int = opt(4, "prompts a step (P), on each GPU")
-    candidates: int = opt(16, "images a prompt (K)")
-    anchors: int = opt(8, "best and worst taken as anchors (m), at most half of the candidates")
+    steps: int = opt(200, "optimizer steps")
+    batch: int = opt(2, "prompts a step (P), on each GPU")
+    candidates: int = opt(32, "images a prompt (K)")
+    anchors: int = opt(16, "best and worst taken as anchors (m), at most half of the candidates")
     features: str = opt("vae", f"feature maps phi, comma-separated: {', '.join(FEATURES)}; name@file for a local copy")
     feature_reduction: str = opt("sum", "how the losses of several maps are joined", choices=("sum", "mean"))
     field: str = opt("dipole", "dipole: the paper's equations; released: the authors' code", choices=FIELDS)
     kernel: str = opt("laplacian", "kernel k(z, a)", choices=KERNELS)
-    radii: tuple = opt((0.2, 0.5, 1.0), "kernel bandwidths tau / s, comma-separated")
+    radii: tuple = opt((0.5, 1.0, 2.0), "kernel bandwidths tau / s, comma-separated")
     lambda_ref: float = opt(0.2, "weight of the drift toward the frozen base (lambda)")
     eta: float = opt(1.0, "step of the target: z* = z + eta V")
-    lr: float = opt(1e-3, "AdamW learning rate")
-    lr_decay: bool = opt(False, "cosine decay of the learning rate to zero over --steps")
+    lr: float = opt(3e-3, "AdamW learning rate")
+    lr_schedule: str = opt("cosine", "cosine: to zero over --steps", choices=("cosine", "constant"))
     weight_decay: float = opt(0.01, "AdamW weight decay")
     clip: float = opt(1.0, "largest gradient norm")
     lora_rank: int = opt(16, "rank r of the LoRA")
     lora_alpha: float = opt(16.0, "alpha of the LoRA: the update is alpha / r B A x")
-    lora_format: str = opt("diffusers", "file format; kohya is what A1111, ComfyUI, Forge read",
-                           choices=("diffusers", "kohya", "both"))
+    lora_format: str = opt("diffusers", "kohya is what A1111, ComfyUI, Forge read", choices=("diffusers", "kohya", "both"))
     full: bool = opt(False, "finetune the whole UNet instead of a LoRA (keeps a frozen copy)")
     micro_batch: str = opt("auto", "images at once through the networks; auto halves it whenever memory runs out")
-    dtype: str = opt("auto", "weights of the frozen networks; auto = bf16 on a GPU, fp32 on a CPU",
-                     choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = opt("auto", "frozen weights; auto = bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = opt("auto", "cuda, cuda:1, cpu; auto = cuda where there is one")
     compile: bool = opt(False, "torch.compile the networks: faster steps, minutes to start")
-    decoder: str = opt("vae", "what decodes the pictures that are ranked; taesd = madebyollin/taesd, an approximation",
-                       choices=("vae", "taesd"))
+    decoder: str = opt("vae", "decodes what is ranked; taesd = madebyollin/taesd, an approximation", choices=("vae", "taesd"))
     deterministic: bool = opt(False, "the same run bit for bit on the same GPU (slower)")
     seed: int = opt(0, "seed of noise, prompt order and LoRA")
     out: str = opt("", "folder of the run; default runs/MODEL-REWARD-DATE")
@@ -80,29 +107,23 @@ class Config:
     tensorboard: bool = opt(False, "also write TensorBoard event files (needs the package tensorboard)")
     random_init: bool = opt(False, "random weights of the model's architecture, no download: to measure time and memory")
 
-
 # The authors' recipes (paper section 5 and their scripts), for one GPU: theirs ran on 4 and on 4-8.
 PRESETS = {
     "toy": {},
     "sd-turbo": dict(reward="pickscore", prompts="pickapic", steps=1000, batch=8, candidates=24, anchors=8,
-                     features="latent-mae", field="released", radii=(0.02, 0.05, 0.2), lr=1e-4),
+                     features="latent-mae", field="released", radii=(0.02, 0.05, 0.2), lr=1e-4, lr_schedule="constant"),
     "sdxl-turbo": dict(reward="pickscore", prompts="pickapic", steps=5000, batch=8, candidates=16, anchors=8,
-                       features="unet", feature_reduction="mean", field="released", radii=(0.02, 0.05, 0.2), lr=1e-5),
+                       features="unet", feature_reduction="mean", field="released", radii=(0.02, 0.05, 0.2), lr=1e-5, lr_schedule="constant"),
 }
 MODELS = {"toy": str(HERE / "toy"), "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-# ======================================================================================================================
-# 1. The field. Pure mathematics in float32, torch only: this section, cut out of the file, runs alone.
+# ===== 1. The field. Pure mathematics in float32, torch only: this section, cut out of the file, runs alone.
 #    Shapes: z (..., N, D) samples, a (..., M, D) anchors; any leading dimensions, such as P prompts at once.
-# ======================================================================================================================
-
 
 def distances(z, a):
     """||z_i - a_j||: (..., N, D), (..., M, D) -> (..., N, M). By differences: the quick x^2 - 2xy + y^2 loses digits."""
     return torch.cdist(z, a, compute_mode="donot_use_mm_for_euclid_dist")
-
 
 def mean_distance(d, mask=None):
     """The scale s: mean of the distances (..., N, M) -> (..., 1, 1). Pairs at distance 0 (a sample and its own copy among
@@ -111,13 +132,11 @@ def mean_distance(d, mask=None):
     s = (d * used).sum((-2, -1), keepdim=True) / used.sum((-2, -1), keepdim=True).clamp(min=1)
     return torch.where(s > 0, s, 1.0).detach()
 
-
 def log_kernel(z, a, d, tau, radius, kernel):
     """log k(z_i, a_j): (..., N, M). d = distances(z, a), tau = radius * s (paper section 3; cosine has no s)."""
     if kernel == "cosine":
         return F.normalize(z, dim=-1) @ F.normalize(a, dim=-1).mT / radius
     return -((d / tau) ** 2) / 2 if kernel == "rbf" else -d / tau  # "laplacian", alias "exponential"
-
 
 def kernel_gradient(z, a, weight, tau, radius, kernel):
     """sum_j w_j grad_z k(z_i, a_j) = exp(shift) V: -> V (..., N, D), shift (..., 1, 1); weight (..., M). An anchor that IS
@@ -134,12 +153,10 @@ def kernel_gradient(z, a, weight, tau, radius, kernel):
     origin = a.mean(-2, keepdim=True)  # sum_j c_j (a_j - z) does not depend on it, but its rounding error does
     return c @ (a - origin) - c.sum(-1, keepdim=True) * (z - origin), shift
 
-
 def unit_rms(V, shift=0.0):
     """V / RMS over its (N, D); and the RMS of exp(shift) V, (...,)."""
     rms = V.square().mean((-2, -1), keepdim=True).sqrt()
     return V / torch.where(rms > 0, rms, 1.0), (rms * torch.as_tensor(shift).exp())[..., 0, 0]
-
 
 def _both(positive, negative, masks):
     """Anchors of both signs in one list: (..., M+ + M-, D), their signs +1/-1, and which are there at all."""
@@ -149,7 +166,6 @@ def _both(positive, negative, masks):
     sign = torch.cat([positive.new_ones(shapes[0]), -positive.new_ones(shapes[1])], -1)
     return torch.cat([positive, negative], -2).float(), sign * mask, mask
 
-
 def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
     """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)] (paper section 3, gamma = 1): (..., N, D), (..., M, D) x2 -> (..., N).
     exp(E) is the dipole reward; `dipole_field` is the gradient of E, up to its normalisation."""
@@ -157,7 +173,6 @@ def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
     d = distances(z, a)
     k = log_kernel(z, a, d, radius * mean_distance(d), radius, kernel).exp()  # (..., N, M)
     return (sign[..., None, :] * k).sum(-1)
-
 
 def dipole_field(z, positive, negative, *, radii, kernel="laplacian", masks=None, return_rms=False):
     """V_pref(z) = grad_z E(z): toward the best candidates and away from the worst, most strongly near them.
@@ -170,7 +185,6 @@ def dipole_field(z, positive, negative, *, radii, kernel="laplacian", masks=None
     fields = [unit_rms(*kernel_gradient(z, a, sign, r * s, r, kernel)) for r in radii]
     V = sum(V for V, _ in fields)
     return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
-
 
 def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False):
     """V_ref(z) = mu_R(z) - mu_Z(z), mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean-shift estimate of
@@ -192,7 +206,6 @@ def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False
         fields.append(unit_rms(to_r - to_z))
     V = sum(V for V, _ in fields)
     return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
-
 
 def released_field(z, positive, negative, *, radii, kernel="laplacian", positive_weight=3000.0, negative_weight=3000.0,
                    negative_is_self=False, masks=None, return_rms=False):
@@ -228,7 +241,6 @@ def released_field(z, positive, negative, *, radii, kernel="laplacian", positive
     s = s[..., 0, 0]
     return (force, s, torch.stack(all_rms, -1)) if return_rms else (force, s)
 
-
 def rank(scores, m):
     """Best m and worst m of K candidates: scores (..., K) -> two boolean masks (..., K). Only the order matters.
 
@@ -246,7 +258,6 @@ def rank(scores, m):
     drop = tied & (scores == edge)
     return high & ~(drop & (edge < best)) & (best > worst), low & ~(drop & (edge > worst)) & (best > worst)
 
-
 def drpo_target(z, z_ref, positive, negative, masks, cfg):
     """The detached targets z* of one feature map, and the weights of their squares in the loss.
 
@@ -263,25 +274,19 @@ def drpo_target(z, z_ref, positive, negative, masks, cfg):
         return [(z + cfg.eta * u * (V_pref + cfg.lambda_ref * V_ref), 0.5 / (N * D * u**2))], rms_pref, rms_ref
     F_pref, s_pref, rms_pref = released_field(z, positive, negative, masks=masks, **kw)
     F_ref, s_ref, rms_ref = released_field(z, z_ref, z, negative_is_self=True, **kw)
-    F_pref = F_pref * (masks[0].any(-1) & masks[1].any(-1))[:, None, None]  # a skipped prompt: only the reference drift
     terms = []
     for force, s, weight in ((F_pref, s_pref, 1.0), (F_ref, s_ref, cfg.lambda_ref)):
         u = s[:, None, None] / D**0.5  # (P, 1, 1)
         terms.append((z + cfg.eta * u * force, weight / (N * D * u**2)))
     return terms, rms_pref, rms_ref
 
-
 def regression_loss(z, terms):
     """sum over terms of weight ||z - sg(z*)||^2: z (N, D), z* (N, D), weight (N, 1) -> scalar; a sum over samples."""
     return sum((weight.detach() * (z - z_star.detach()).square()).sum() for z_star, weight in terms)
 
-
-# ======================================================================================================================
-# 2. Features phi: frozen networks in which a direction means something. Each takes latents x (B, 4, h, w) in the scale
+# ===== 2. Features phi: frozen networks in which a direction means something. Each takes latents x (B, 4, h, w) in the scale
 #    of the generator and the prompts' condition, and returns a list of maps (B, T, D) in float32: T vectors an image.
 #    Pooled, translation-invariant statistics serve; raw latents do not.
-# ======================================================================================================================
-
 
 def mean_std(h, patch=None):
     """Mean and population std, sqrt(var + 1e-6), of h (B, C, H, W) over patch x patch squares or all: 2 x (B, T, C)."""
@@ -289,7 +294,6 @@ def mean_std(h, patch=None):
     p, q = (patch, patch) if patch else h.shape[-2:]
     h = h.unflatten(-1, (-1, q)).unflatten(-3, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(-2)  # B,T,C,p*q
     return h.mean(-1), (h.var(-1, correction=0) + 1e-6).sqrt()
-
 
 class _Block(nn.Module):
     """conv-gn-relu-conv-gn + shortcut, relu."""
@@ -304,7 +308,6 @@ class _Block(nn.Module):
     def forward(self, x):
         h = self.gn2(self.conv2(F.relu(self.gn1(self.conv1(x)))))
         return F.relu(h + (self.proj_gn(self.proj_conv(x)) if hasattr(self, "proj_conv") else x))
-
 
 class LatentMAE(nn.Module):
     """ResNet encoder of a masked autoencoder on latents, the authors' features for SD-Turbo: global mean and std, mean
@@ -339,7 +342,10 @@ class LatentMAE(nn.Module):
     @classmethod
     def load(cls, path):
         """Reads the authors' file: convolutions `.kernel` HWIO or `.weight` OIHW, norms `.scale` or `.weight`."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torn files fail in many ways
+            raise UserError(f"{path}: not a readable latent-MAE file ({type(e).__name__}: {str(e).splitlines()[0][:120]})") from e
         while not any(k.startswith("encoder.") for k in state) and any(isinstance(v, dict) for v in state.values()):
             state = next(v for v in state.values() if isinstance(v, dict))
         state = {k.removeprefix("encoder."): v.float() for k, v in state.items() if k.startswith("encoder.")}
@@ -352,7 +358,6 @@ class LatentMAE(nn.Module):
         net = cls(widths, blocks, state["conv1.weight"].shape[1])
         net.load_state_dict(state)
         return net
-
 
 def latent_mae(G, path=None, random_init=False):
     """Factory of the `latent-mae` features: see `LatentMAE`."""
@@ -367,7 +372,6 @@ def latent_mae(G, path=None, random_init=False):
         return [*whole, *(m for p in patches for m in mean_std(h, p))]
 
     return phi
-
 
 def vae_features(G, path=None, random_init=False):
     """`vae`: the frozen VAE decoder of the generator itself, after mid_block, up_blocks[0] and up_blocks[1]; of each the
@@ -386,34 +390,23 @@ def vae_features(G, path=None, random_init=False):
 
     return phi
 
-
 def unet_features(G, path=None, random_init=False):
     """`unet`: the frozen base UNet at t = 100 on latents with noise 0.1, conditioned on the prompt: down_blocks[2],
     mid_block and up_blocks[0], 4x4 average-pooled and flattened: three maps. The authors' choice for SDXL-Turbo."""
-    hidden = []
-
-    def keep(module, args, output):
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+    noise = prompt_noise(0, 0, G.noise_shape).to(G.device)  # one draw, shared by all: phi is a fixed function
 
     def phi(x, condition):
-        noise = prompt_noise(0, 0, x.shape[1:]).to(x.device)  # one draw, shared by all: phi is a fixed function
-        unet = G.reference_unet
-        blocks = (unet.down_blocks[min(2, len(unet.down_blocks) - 1)], unet.mid_block, unet.up_blocks[0])
-        hooks = [b.register_forward_hook(keep) for b in blocks]
-        try:
-            with G.reference():
-                G.call_unet(x + 0.1 * noise, torch.tensor(100, device=x.device), condition)
-            pooled = [F.avg_pool2d(h.float(), min(4, h.shape[-1])).flatten(1)[:, None] for h in hidden]  # (B, 1, D)
-        finally:
-            hidden.clear()
-            for hook in hooks:
-                hook.remove()
-        return pooled
+        unet, hidden = G.reference_unet, []
+        with contextlib.ExitStack() as hooks, G.reference():
+            for block in (unet.down_blocks[min(2, len(unet.down_blocks) - 1)], unet.mid_block, unet.up_blocks[0]):
+                keep = lambda module, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+                hooks.callback(block.register_forward_hook(keep).remove)
+            G.call_unet(x + 0.1 * noise, torch.tensor(100, device=x.device), condition)
+        return [F.avg_pool2d(h.float(), min(4, h.shape[-1])).flatten(1)[:, None] for h in hidden]  # (B, 1, D) each
 
     return phi
 
-
-def vit_features(repo, cls_name, random_size, **call):
+def vit_features(repo, cls_name, side):
     """`mae`, `dino`: a vision transformer on the decoded image, 224 x 224: of hidden_states[12] the mean and std over
     patches, and the class token: three maps. facebook/vit-mae-base (CC-BY-NC-4.0), facebook/dinov2-base (Apache-2.0).
     ViT-MAE masks and shuffles its patches at random even in eval mode: mask_ratio = 0 and sorted noise undo it."""
@@ -421,41 +414,29 @@ def vit_features(repo, cls_name, random_size, **call):
     def factory(G, path=None, random_init=False):
         import transformers
         cls = getattr(transformers, cls_name)
-        if random_init:
-            with torch.device(G.device):
-                net = cls(cls.config_class(image_size=random_size))
-        else:
-            net = from_hub(cls.from_pretrained, path or repo)
-        if hasattr(net.config, "mask_ratio"):
-            net.config.mask_ratio = 0.0
+        net = cls(cls.config_class(image_size=side)) if random_init else from_hub(cls.from_pretrained, path or repo)
+        net.config.mask_ratio, n = 0.0, (224 // net.config.patch_size) ** 2
         net = frozen(net.to(G.device, G.dtype))
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)[..., None, None]
 
         def phi(x, condition):
             image = F.interpolate(G.decode(x), (224, 224), mode="bicubic", antialias=True)  # (B, 3, 224, 224)
-            kw = {}
-            if cls_name == "ViTMAEModel":
-                n = (224 // net.config.patch_size) ** 2
-                kw["noise"] = torch.arange(n, device=x.device).expand(len(x), n)
-            h = net(((image - mean) / std).to(G.dtype), output_hidden_states=True, **kw).hidden_states
-            h = h[min(12, len(h) - 1)].float()  # (B, 1 + patches, D), class token first
-            patches = h[:, 1:].mT[..., None]  # (B, D, patches, 1)
-            return [*mean_std(patches), h[:, :1]]
+            order = {"noise": torch.arange(n, device=x.device).expand(len(x), n)} if "MAE" in cls_name else {}
+            h = net(((image - mean) / std).to(G.dtype), output_hidden_states=True, **order).hidden_states
+            h = h[min(12, len(h) - 1)].float()  # (B, 1 + n, D), class token first
+            return [*mean_std(h[:, 1:].mT[..., None]), h[:, :1]]
 
         return phi
 
     return factory
 
-
 def latent_features(G, path=None, random_init=False):
     """`latent`: the latent itself, flattened: one map. Kept because it fails (paper: 20.52 against 23.5 PickScore)."""
     return lambda x, condition: [x.float().flatten(1)[:, None]]
 
-
 PHI = {"latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
        "mae": vit_features("facebook/vit-mae-base", "ViTMAEModel", 224),
        "dino": vit_features("facebook/dinov2-base", "Dinov2Model", 518), "latent": latent_features}
-
 
 def load_features(spec, G, random_init=False):
     """'vae' or 'latent-mae@file,vae' -> phi(x (B, 4, h, w), condition) -> list of maps (B, T, D), float32."""
@@ -465,19 +446,14 @@ def load_features(spec, G, random_init=False):
         parts.append(pick("feature", name, PHI)(G, path or None, random_init))
     return lambda x, condition: [z for phi in parts for z in phi(x, condition)]
 
-
 def frozen(net):
     """eval mode, no gradient to its weights."""
     return net.eval().requires_grad_(False)
 
-
-# ======================================================================================================================
-# 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same network with the LoRA off.
-# ======================================================================================================================
+# ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same network with the LoRA off.
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
-
 
 class LoRA(nn.Module):
     """y = W x + alpha / r B A x, W frozen; A (r, in) random, B (out, r) zero, both float32 for the optimizer."""
@@ -495,7 +471,6 @@ class LoRA(nn.Module):
             h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)  # (tokens, r)
             y.view(-1, y.shape[-1]).addmm_(h, self.B.to(x.dtype).mT, alpha=self.scale)
         return y
-
 
 class Generator:
     """A one-step generator in diffusers' SD or SDXL layout: encode(prompts) -> condition, sample(noise, condition) ->
@@ -531,9 +506,25 @@ class Generator:
         self.compiled(self.ranker.decoder)
 
     def compiled(self, net):
-        """Compile a network in place where --compile asks for it."""
-        if self.compile:
-            net.compile()
+        """Compile a network in place where --compile asks for it; where that fails it goes on as it was, and says so."""
+        if not self.compile:
+            return
+        # inductor's channels-last pass lost gradients of the UNet (torch 2.13, CPU: cosine 0.93 to eager)
+        net.compile(dynamic=False, options={"layout_optimization": False})
+        fast = net._compiled_call_impl
+
+        def call(*args, **kw):
+            try:
+                return fast(*args, **kw)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                if "out of memory" in str(e):
+                    raise torch.OutOfMemoryError(str(e)) from e
+                reason = (str(e).strip() or "no reason given").splitlines()[0][:160]
+                print(f"--compile: {type(e).__name__}: {reason}; going on without", file=sys.stderr)
+                net._compiled_call_impl = None  # nn.Module goes back to the uncompiled call
+                return net(*args, **kw)
+
+        net._compiled_call_impl = call
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -568,7 +559,7 @@ class Generator:
         """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], float32; net: the VAE, or the ranker."""
         net = net or self.vae
         z = latents.to(next(net.parameters()).dtype) / net.config.scaling_factor
-        x = torch.cat([net.decode(part, return_dict=False)[0] for part in z.split(8)])  # more at once gains nothing
+        x = torch.cat([net.decode(part, return_dict=False)[0] for part in z.split(8)])  # more at once is not faster
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -652,11 +643,9 @@ class Generator:
             m.B.data.copy_(B if kohya else B / m.scale)
         return meta
 
-
 def load_lora(generator, path):
     """Load a LoRA (diffusers or kohya format, a run's folder or a file) into a Generator; returns its metadata."""
     return generator.load_lora(path)
-
 
 def from_hub(load, name, **kw):
     """load(name) from a local folder or the hub; a failure is the user's to mend, and the line says how."""
@@ -667,17 +656,18 @@ def from_hub(load, name, **kw):
         raise UserError(f"{name} could not be loaded: no usable local folder, not in the cache, or not reachable on the hub "
                         f"({reason}). Ways on: --model toy, or the path of a local diffusers folder") from e
 
-
 def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, random_init=False, compile=False, decoder="vae"):
     """toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id -> Generator with frozen weights and no LoRA."""
     import diffusers
     import transformers
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said in one line, by us
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # renamed on the way through the supported versions
     architecture = layout(name_or_path)
     if random_init:
+        from eval import random_pipeline
         pipe, name_or_path = random_pipeline(architecture, device, dtype), f"random {name_or_path}"
     else:
         kw = dict(variant="fp16") if name_or_path in ("sd-turbo", "sdxl-turbo") else {}  # half the download
@@ -686,7 +676,6 @@ def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, random_in
     if not all(hasattr(pipe, part) for part in ("unet", "vae", "text_encoder")):
         raise UserError(f"{name_or_path} is a {type(pipe).__name__}; expected an SD or SDXL layout (unet, vae, text_encoder)")
     return Generator(pipe, device, dtype, name_or_path, compile, decoder)
-
 
 def layout(name_or_path):
     """The preset that fits a model: its own, or sd-turbo / sdxl-turbo by the class in its model_index.json."""
@@ -702,80 +691,7 @@ def layout(name_or_path):
         raise UserError(f"{name_or_path}: no model_index.json in it; expected a diffusers folder in SD or SDXL layout")
     return "sdxl-turbo" if '"StableDiffusionXL' in index.read_text() else "sd-turbo"
 
-
-# Public configurations of the two architectures, for --random-init.
-_UNET = dict(sample_size=64, use_linear_projection=True, layers_per_block=2)
-_SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", steps_offset=1)
-ARCHITECTURES = {
-    "sd-turbo": dict(
-        unet=dict(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024),
-        text=[dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096,
-                   hidden_act="gelu")],
-        scaling_factor=0.18215),
-    "sdxl-turbo": dict(
-        unet=dict(block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-                  transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-                  projection_class_embeddings_input_dim=2816,
-                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
-        text=[dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-                   projection_dim=768),
-              dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120,
-                   hidden_act="gelu", projection_dim=1280)],
-        scaling_factor=0.13025),
-}
-
-
-def random_pipeline(name, device="cpu", dtype=torch.float32, vae=None, **override):
-    """A pipeline of the named architecture with random weights, made in place: no download. `override` replaces entries
-    of ARCHITECTURES[name], `vae` those of the VAE: tests build tiny ones."""
-    import diffusers
-    import transformers
-    arch = {**ARCHITECTURES[name], **override}
-    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-               up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512, scaling_factor=arch["scaling_factor"]) | (vae or {})
-    tokenizer = _character_tokenizer(transformers)
-    with torch.device(device), _default_dtype(dtype):
-        unet = diffusers.UNet2DConditionModel(**_UNET | arch["unet"])
-        vae = diffusers.AutoencoderKL(**vae)
-        encoders = [transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel for i in range(len(arch["text"]))]
-        texts = [cls(transformers.CLIPTextConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **kw))
-                 for cls, kw in zip(encoders, arch["text"])]
-    parts = dict(unet=unet, vae=vae, text_encoder=texts[0], tokenizer=tokenizer)
-    if len(texts) == 2:
-        return diffusers.StableDiffusionXLPipeline(
-            **parts, text_encoder_2=texts[1], tokenizer_2=tokenizer, add_watermarker=False,
-            scheduler=diffusers.EulerAncestralDiscreteScheduler(**_SCHEDULER))
-    return diffusers.StableDiffusionPipeline(**parts, scheduler=diffusers.EulerDiscreteScheduler(**_SCHEDULER),
-                                             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _character_tokenizer(transformers):
-    """A CLIP tokenizer whose words are characters: all that random weights need."""
-    import tempfile
-    symbols = [chr(c) for c in range(33, 127)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(s + "</w>" for s in symbols)]
-    with tempfile.TemporaryDirectory() as folder:
-        vocab, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab.write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-        merges.write_text("#version: 0.2\n")
-        return transformers.CLIPTokenizer(str(vocab), str(merges), model_max_length=77)
-
-
-# ======================================================================================================================
-# 4. One training step, with exact micro-batches.
-# ======================================================================================================================
-
+# ===== 4. One training step, with exact micro-batches.
 
 class Timer:
     """Seconds of each phase of a step; on a GPU by events, so that the host waits for nothing."""
@@ -784,11 +700,9 @@ class Timer:
         self.cuda, self.marks = torch.device(device).type == "cuda", []
 
     def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        if self.cuda:
+            (event := torch.cuda.Event(enable_timing=True)).record()
+        return event if self.cuda else time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, phase):
@@ -806,11 +720,9 @@ class Timer:
         self.marks = []
         return total
 
-
 def rows(condition, index):
     """The rows `index` of a condition, a dict of tensors (P, ...)."""
     return {k: v[index] for k, v in condition.items()}
-
 
 def anchors_of(z, mask, m):
     """Features of the marked candidates: z (P, K, T, D), mask (P, K) -> (P, m T, D), padded, and what is no padding."""
@@ -818,21 +730,40 @@ def anchors_of(z, mask, m):
     anchors = z[torch.arange(len(z), device=z.device)[:, None], index]  # (P, m, T, D): gathered, never computed again
     return anchors.flatten(1, 2), mask.gather(1, index).repeat_interleave(z.shape[2], 1)
 
+def divisor(n, most):
+    """The largest divisor of n up to `most` (at least 1): equal chunks, one shape to compile."""
+    return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
 
 def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None, timer=None):
     """One update's gradient, times G.loss_scale, added to .grad of the trainable weights; returns a dict of what happened.
 
-    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score: a `Scorer`; pairs: see `pair_anchors`.
-    Exact for any micro: the targets are detached, so once they are known the loss is a sum over samples.
-    (A) chunk by chunk without gradient: sample, decode, score, features. (B) rank, field, targets. (C) chunk by chunk:
-    sample again, now with gradient, its share of the loss, backward. A keeps the graph of its last chunk, with which C
-    begins: where one chunk holds all, nothing is computed twice."""
+    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score: a `rewards.Scorer`; pairs: see `pair_anchors`.
+    Exact for any micro: the field of a prompt needs its own candidates alone, so as many whole prompts as micro allows go
+    through the step together; a prompt that is larger than micro goes through it in chunks, see `prompt_gradient`."""
     timer = timer or Timer(G.device)
     P, K = noise.shape[:2]
     with timer("sample"):
-        condition, e = G.encode(prompts), noise.flatten(0, 1).to(G.device)  # (P K, 4, h, w)
-    owner = torch.arange(P, device=G.device).repeat_interleave(K)  # (P K,): the prompt of each image
-    chunks = torch.arange(P * K, device=G.device).split(micro)
+        condition, noise = G.encode(prompts), noise.to(G.device)  # once a prompt
+    parts, size = [], divisor(P, micro // K)
+    for i in (slice(a, a + size) for a in range(0, P, size)):
+        pairs_i = pairs and [[(a[i], mask[i]) for a, mask in sides] for sides in pairs]
+        parts.append(prompt_gradient(G, phi, prompts[i], noise[i], rows(condition, i), cfg, micro, P, score, pairs_i, timer))
+    M = {k: torch.cat([part[k].float().cpu() for part in parts]) for k in parts[0]}  # (P, ...) each
+    within = M.pop("within").mean(0).tolist()
+    metrics = {"loss": float(M.pop("loss").sum())} | ({"skipped": int(M.pop("skipped").sum())} if score else {})
+    metrics |= {k: v.nanmean(0).tolist() for k, v in M.items()}  # NaN: a prompt without an opinion
+    return metrics | {"diversity": within[0] / max(within[1], 1e-12)} | (score.logged() if score else {})
+
+def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pairs, timer):
+    """`drpo_gradient` for p of its P prompts: noise (p, K, 4, h, w), condition of p rows; returns figures per prompt.
+
+    (A) sample, decode, score, features. (B) rank, field, targets. (C) the loss and its gradient. Where the p K images are
+    more than micro, A runs without gradient and C samples once more, chunk by chunk: the targets z* are detached, so once
+    they are known the loss is a sum over samples."""
+    (p, K), e = noise.shape[:2], noise.flatten(0, 1)  # (p K, 4, h, w)
+    owner = torch.arange(p, device=G.device).repeat_interleave(K)  # (p K,): the prompt of each image
+    whole, n = p * K <= micro, p * K
+    chunks = lambda size: [slice(a, a + size) for a in range(0, n, size)]
 
     def generate(i):  # with gradient or without, as the caller says
         c = rows(condition, owner[i])
@@ -841,9 +772,9 @@ def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None,
         with timer("features"):
             return x, phi(x, c)
 
-    A, scores, masks = [], None, None
-    for n, i in enumerate(chunks):  # (A)
-        with torch.set_grad_enabled(i is chunks[-1]):
+    A = []
+    for i in chunks(n if whole else divisor(n, 4 * micro)):  # (A); without a graph four times as many fit
+        with torch.set_grad_enabled(whole):
             x, z = generate(i)
         with torch.no_grad(), G.reference():
             x_ref, z_ref = generate(i)
@@ -851,202 +782,50 @@ def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None,
             with torch.no_grad(), timer("decode"):
                 images = G.decode(x, G.ranker)
             with timer("reward"):
-                score(images, [prompts[j // K] for j in range(n * micro, n * micro + len(i))])
+                score(images, [prompts[j // K] for j in range(n)[i]])
+            del images
         A.append((x.detach(), x_ref, [h.detach() for h in z], z_ref))
-    x, x_ref = (torch.cat(t) for t in list(zip(*A))[:2])  # (P K, 4, h, w)
-    z_all, z_ref_all = ([torch.cat(h) for h in zip(*t)] for t in list(zip(*A))[2:])  # per map (P K, T, D)
+    x, x_ref = (torch.cat(t).reshape(p, K, -1) for t in list(zip(*A))[:2])  # (p, K, 4 h w)
+    z_all, z_ref_all = ([torch.cat(h).unflatten(0, (p, K)) for h in zip(*t)] for t in list(zip(*A))[2:])  # (p, K, T, D)
 
     terms, rms = [], []
     with torch.no_grad(), timer("field"):  # (B)
-        if score:
-            scores = score.finish(P, K)  # (P, K)
-            masks = [mask.to(G.device) for mask in rank(scores, cfg.anchors)]
-        for n, (h, h_ref) in enumerate(zip(z_all, z_ref_all)):
-            h, h_ref = (t.unflatten(0, (P, K)) for t in (h, h_ref))  # (P, K, T, D)
-            (a, a_mask), (b, b_mask) = pairs[n] if pairs else [anchors_of(h, mask, cfg.anchors) for mask in masks]
+        scores = score.finish(p, K) if score else None  # (p, K)
+        masks = [mask.to(G.device) for mask in rank(scores, cfg.anchors)] if score else None
+        for j, (h, h_ref) in enumerate(zip(z_all, z_ref_all)):
+            (a, a_mask), (b, b_mask) = pairs[j] if pairs else [anchors_of(h, mask, cfg.anchors) for mask in masks]
             result, *r = drpo_target(h.flatten(1, 2), h_ref.flatten(1, 2), a, b, (a_mask, b_mask), cfg)
             share = P * (len(z_all) if cfg.feature_reduction == "mean" else 1)
-            terms.append([(t.reshape(P * K, *h.shape[2:]), w / share) for t, w in result])  # (P K, T, D), (P, 1, 1)
-            rms.append(torch.stack(r))  # (2, P, R)
+            terms.append([(t.reshape(n, *h.shape[2:]), w / share) for t, w in result])  # (p K, T, D), (p, 1, 1)
+            rms.append(torch.stack(r))  # (2, p, R)
 
-    loss = 0.0
-    for i in reversed(chunks):  # (C)
-        if i is not chunks[-1]:
+    loss = torch.zeros(1, device=G.device)
+    for i in chunks(n if whole else divisor(n, micro)):  # (C)
+        if not whole:
             _, z = generate(i)
         with timer("backward"):
             part = sum(regression_loss(h, [(t[i], w[owner[i]]) for t, w in term]) for h, term in zip(z, terms))
             (part * G.loss_scale).backward()
             loss, z = loss + part.detach(), None  # the graph goes before the next one comes
-    rms = torch.stack(rms).mean((0, 2)).tolist()  # (2, R): mean over maps and prompts
-    metrics = dict(loss=float(loss), rms_pref=rms[0], rms_ref=rms[1], **spread(x, x_ref, P, K))
-    return metrics | (score_metrics(scores, *(m.cpu() for m in masks)) | score.logged() if score else {})
+    rms_pref, rms_ref = torch.stack(rms).mean(0)  # (p, R): mean over maps
+    within = torch.stack([mean_distance(distances(t, t)).flatten() for t in (x, x_ref)], -1)  # (p, 2)
+    return {"loss": loss, "within": within, "distance": (x - x_ref).square().mean((1, 2)).sqrt(), "rms_pref": rms_pref,
+            "rms_ref": rms_ref} | (score_figures(scores, *(mask.cpu() for mask in masks)) if score else {})
 
-
-def spread(x, x_ref, P, K):
-    """How far the pictures went, in latents (P K, 4, h, w): RMS distance to the reference's picture of the same noise, and
-    the mean distance within a prompt relative to the reference's."""
-    within = [mean_distance(distances(h := t.reshape(P, K, -1), h)).mean() for t in (x, x_ref)]
-    return {"distance": float((x - x_ref).square().mean().sqrt()), "diversity": float(within[0] / within[1])}
-
-
-def score_metrics(scores, positive, negative):
-    """Figures of the scores (P, K), means over prompts: mean, best, worst, std within a prompt, gap between the anchors."""
-    skipped = {"skipped": int((~(positive & positive.any(-1, True)).any(-1)).sum())}
-    known = scores[~scores.isnan().all(-1)].double()  # a prompt without an opinion has no figures
-    if not len(known):
-        return skipped
-    low, high = known.nan_to_num(nan=math.inf).amin(-1), known.nan_to_num(nan=-math.inf).amax(-1)
-    mean = known.nanmean(-1, keepdim=True)
-    gap = scores[positive].double().mean() - scores[negative].double().mean() if positive.any() else torch.tensor(0.0)
-    return {"reward_mean": float(mean.mean()), "reward_best": float(high.mean()), "reward_worst": float(low.mean()),
-            "reward_std": float((known - mean).square().nanmean(-1).sqrt().mean()), "gap": float(gap), **skipped}
-
-
-class Scorer:
-    """Collects the scores of a step's chunks: of the reward that ranks, and of the watched ones that never do."""
-
-    def __init__(self, reward, watched=(), timeout=600.0):
-        self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
-        self.reset()
-
-    def reset(self):
-        self.parts, self.watch = {}, {}
-
-    def __call__(self, images, prompts):
-        """Score images (B, 3, H, W) in [0, 1] of B prompts."""
-        for reward, kept in [(self.reward, self.parts)] + [(w, self.watch) for w in self.watched if self.watching]:
-            for name, scores in in_time(lambda: reward.score(images, prompts), self.timeout, reward.name).items():
-                kept.setdefault(name, []).append(scores)
-
-    def finish(self, P, K):
-        """The scores that rank, (P, K): of one reward as they are, of several the weighted sum of z-scores per prompt."""
-        self.parts = {name: torch.cat(s).reshape(P, K) for name, s in self.parts.items()}
-        return self.reward.combine(self.parts)
-
-    def logged(self):
-        """Mean of every part of a combined reward and of every watched reward; empties the collection."""
-        out = {f"part/{k}": float(v.double().nanmean()) for k, v in self.parts.items() if len(self.parts) > 1}
-        out |= {f"watch/{k}": float(torch.cat(v).double().nanmean()) for k, v in self.watch.items()}
-        self.reset()
-        return out
-
-
-def in_time(call, seconds, name):
-    """call(), in a thread of its own so that a reward that hangs can be given up."""
-    answer = queue.SimpleQueue()
-
-    def work():
-        try:
-            with torch.no_grad():
-                answer.put((call(), None))
-        except BaseException as e:
-            answer.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)") from None
-    if error:
-        raise error
-    return value
-
+def score_figures(s, positive, negative):
+    """Of scores (p, K), per prompt: mean, best, worst, standard deviation, gap between the anchors, and whether there are
+    none; NaN for a prompt without an opinion."""
+    best, worst = (sign * (sign * s).nan_to_num(nan=-math.inf).amax(-1) for sign in (1, -1))
+    mean = lambda mask: torch.where(mask, s, torch.nan).nanmean(-1)
+    std = (s - s.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+    figures = {"reward_mean": s.nanmean(-1), "reward_best": best, "reward_worst": worst, "reward_std": std}
+    return {k: v.masked_fill(s.isnan().all(-1), torch.nan) for k, v in figures.items()} | {
+        "gap": mean(positive) - mean(negative), "skipped": ~(positive.any(-1) & negative.any(-1))}
 
 def prompt_noise(seed, position, shape):
     """Noise of one prompt, drawn on the CPU: the same on every device, for any micro-batch and number of GPUs."""
     g = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
     return torch.randn(shape, generator=g)
-
-
-# ======================================================================================================================
-# 5. Prompts, pairs, checkpoints.
-# ======================================================================================================================
-
-ANIMALS = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle " \
-    "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama " \
-    "camel bat gorilla hedgehog kangaroo"
-PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
-    "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
-    "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
-    "scenes": HERE / "toy" / "captions_train.txt", "scenes-test": HERE / "toy" / "captions_heldout.txt",
-    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing the dishes")]}
-
-
-def pick(kind, name, options, also=""):
-    """options[name] (name itself where the options are a tuple), or one clear line with the nearest names."""
-    if name in options:
-        return options[name] if isinstance(options, dict) else name
-    near = difflib.get_close_matches(name, options, 3, 0.4) or list(options)
-    raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(near)}?{f' ({also})' if also else ''}")
-
-
-def fetch(url, sha256):
-    """Path of a file of the web, fetched once into ~/.cache/drpo (or $DRPO_CACHE) and checked against its checksum."""
-    path = Path(os.environ.get("DRPO_CACHE", Path.home() / ".cache" / "drpo")) / sha256[:12] / url.rsplit("/", 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {url}", file=sys.stderr)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"{url} could not be fetched ({e}); put the file at {path} and start again") from e
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and it will be fetched again")
-    return path
-
-
-def load_prompts(spec):
-    """A built-in name, a text file (a prompt a line) or a .jsonl with "prompt" -> list of prompts."""
-    source = PROMPTS.get(spec, spec)
-    if isinstance(source, list):
-        return source
-    path = fetch(*source) if isinstance(source, tuple) else Path(source)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
-        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as e:
-        raise UserError(f"prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
-    if path.suffix == ".jsonl":
-        lines = [json_line(path, n, line, prompt=str)["prompt"] for n, line in enumerate(lines, 1) if line]
-    if not any(lines):
-        raise UserError(f"prompts {path}: empty; expected a prompt a line")
-    return [line for line in lines if line]
-
-
-def json_line(path, n, line, **kinds):
-    """One line of a .jsonl -> dict that has these keys, of these types, none empty."""
-    try:
-        row = json.loads(line)
-        assert all(isinstance(row[k], kind) and row[k] for k, kind in kinds.items())
-        return row
-    except (ValueError, KeyError, TypeError, AssertionError):
-        want = ", ".join(f'"{k}": {"a list of files" if kind is list else "text"}' for k, kind in kinds.items())
-        raise UserError(f"{path}, line {n}: expected a JSON object with {want}") from None
-
-
-def load_pairs(path, anywhere=False):
-    """Offline pairs -> list of (prompt, [chosen files], [rejected files]); the files lie in the folder of the .jsonl."""
-    path, out = Path(path), []
-    if not path.is_file():
-        raise UserError(f"pairs {path}: no such file; expected a .jsonl with prompt, chosen, rejected")
-    home = path.resolve().parent
-    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.strip():
-            row = json_line(path, n, line, prompt=str, chosen=list, rejected=list)
-            chosen, rejected = ([home / str(f) for f in row[side]] for side in ("chosen", "rejected"))
-            for file in chosen + rejected:
-                if not anywhere and not file.resolve().is_relative_to(home):
-                    raise UserError(f"{path}, line {n}: {file} lies outside {home} (--pairs-anywhere allows it)")
-                if not file.is_file():
-                    raise UserError(f"{path}, line {n}: {file} is missing")
-            out.append((row["prompt"], chosen, rejected))
-    if not out:
-        raise UserError(f"pairs {path}: empty; expected a line a prompt")
-    return out
-
 
 @torch.no_grad()
 def pair_anchors(G, phi, pairs):
@@ -1069,6 +848,7 @@ def pair_anchors(G, phi, pairs):
         out.append([(pad[s::2], mask[s::2]) for s in (0, 1)])
     return out
 
+# ===== 5. Checkpoints.
 
 def write_atomic(path, data, keep=None):
     """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils nothing. What was there
@@ -1087,13 +867,11 @@ def write_atomic(path, data, keep=None):
         beside.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({e.strerror}); what was saved before is intact") from e
 
-
 def save_checkpoint(folder, state):
     """checkpoint.pt, atomically, its sha256 behind it; the one before stays as checkpoint.previous.pt."""
     torch.save(state, buffer := io.BytesIO())
     data = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
     write_atomic(Path(folder) / "checkpoint.pt", data, keep=Path(folder) / "checkpoint.previous.pt")
-
 
 def load_checkpoint(folder):
     """The newest whole checkpoint of a run. Objects are never unpickled (weights_only)."""
@@ -1114,14 +892,10 @@ def load_checkpoint(folder):
         return state
     raise UserError(f"{folder}: no checkpoint to go on from ({'; '.join(problems)})")
 
-
-# ======================================================================================================================
-# 6. A run.
-# ======================================================================================================================
+# ===== 6. A run.
 
 FREE = {"steps", "resume", "change", "out", "save_every", "preview_every", "log_every", "micro_batch", "device", "compile",
         "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}  # may differ after --resume
-
 
 class Stop:
     """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
@@ -1133,55 +907,46 @@ class Stop:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         self.signal = number
-
+        signal.signal(number, signal.SIG_DFL)
 
 def check(cfg):
     """Settings that contradict each other or name nothing: one line, before anything is loaded or written."""
-    for name in cfg.features.split(","):
-        pick("feature", name.strip().partition("@")[0], FEATURES)
+    for item in cfg.features.split(","):
+        pick("feature", item.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
-    for name in ("steps", "batch", "candidates", "anchors", "lora_rank", "save_every", "log_every", "watch_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
-    if not cfg.pairs and 2 * cfg.anchors > cfg.candidates:
-        raise UserError(f"--anchors {cfg.anchors} is above half of --candidates {cfg.candidates}: best and worst would overlap")
-    if not cfg.radii or min(cfg.radii) <= 0:
-        raise UserError(f"--radii {cfg.radii}: expected positive numbers, such as 0.2,0.5,1")
-    if cfg.micro_batch != "auto" and not (str(cfg.micro_batch).isdigit() and int(cfg.micro_batch) > 0):
-        raise UserError(f"--micro-batch {cfg.micro_batch!r}: expected auto or a number of images, at least 1")
-    for name in ("lr", "weight_decay", "lambda_ref", "eta", "clip", "lora_alpha", "reward_timeout"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected a number from 0 up")
-    if cfg.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device):
-        raise UserError(f"--device {cfg.device!r}: expected auto, cpu, cuda or cuda:N")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {cfg.device}: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
-    out = Path(cfg.out or ".git")
-    if cfg.out and not cfg.resume and (out.is_file() or any((out / f).exists() for f in ("config.json", "metrics.jsonl"))):
-        raise UserError(f"--out {out} already holds a run; go on with --resume {out}, or name another folder")
-
+    at_least = dict.fromkeys(("steps", "batch", "candidates", "anchors", "lora_rank", "save_every", "log_every", "watch_every"), 1)
+    at_least |= dict.fromkeys(("lr", "weight_decay", "lambda_ref", "eta", "clip", "lora_alpha", "reward_timeout"), 0)
+    out, overlap = Path(cfg.out or HERE), not cfg.pairs and 2 * cfg.anchors > cfg.candidates
+    for name, wrong, expected in (
+            *((name, not low <= getattr(cfg, name) < math.inf, f"at least {low}") for name, low in at_least.items()),
+            ("anchors", overlap, f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
+            ("radii", not cfg.radii or not all(0 < r < math.inf for r in cfg.radii), "positive numbers, such as 0.2,0.5,1"),
+            ("micro_batch", not re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)), "auto, or a number of images"),
+            ("device", not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device), "auto, cpu, cuda or cuda:N"),
+            ("device", "cuda" in cfg.device and not torch.cuda.is_available(), "cpu: torch sees no CUDA device here"),
+            ("out", cfg.out and not cfg.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")),
+             f"a new folder: this one already holds a run (go on with it: --resume {out})"),
+            ("out", out.is_file(), "a folder"), ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"),
+                                                 "the package tensorboard: pip install tensorboard")):
+        if wrong:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected {expected}")
 
 def start(cfg):
     """Device, dtype, seeds, and under torchrun the process group: -> device, dtype, rank, number of ranks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if device.startswith("cuda"):
+    cuda = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and ":" not in cfg.device else cfg.device if cuda else "cpu"
+    if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     random.seed(cfg.seed), np.random.seed(cfg.seed % 2**32), torch.manual_seed(cfg.seed)
-    return device, DTYPES[cfg.dtype if cfg.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"], rank, world
-
+    return device, DTYPES[cfg.dtype if cfg.dtype != "auto" else "bf16" if cuda else "fp32"], rank, world
 
 def all_reduce_mean(tensors, world):
     """Average tensors over the ranks in place, by one all-reduce."""
@@ -1193,19 +958,10 @@ def all_reduce_mean(tensors, world):
     for t, part in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
         t.copy_(part.view_as(t))
 
-
 def rng_state():
     """The generators that a reward of the user's may draw from, as plain data; drpo's own noise has seeds of its own."""
     name, words, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, words.tolist(), *rest]}
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-
 
 class Trainer:
     """All that a run holds: generator, features, reward, prompts, optimizer, and where it stands."""
@@ -1217,17 +973,16 @@ class Trainer:
                                 decoder=cfg.decoder)
         self.pairs = load_pairs(cfg.pairs, cfg.pairs_anywhere) if cfg.pairs else None
         self.prompts = [p[0] for p in self.pairs] if self.pairs else load_prompts(cfg.prompts)
-        load = lambda spec: rewards.load(spec, device=device)
-        self.scorer = None if self.pairs else Scorer(load(cfg.reward), [load(w) for w in cfg.watch.split(",") if w],
-                                                     cfg.reward_timeout)
+        load, watch = (lambda spec: rewards.load(spec, device=device)), [w for w in cfg.watch.split(",") if w]
+        self.scorer = None if self.pairs else Scorer(load(cfg.reward), [load(w) for w in watch], cfg.reward_timeout)
         self.phi = load_features(cfg.features, self.G, cfg.random_init)
         torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
         self.params = self.G.train_all() if cfg.full else self.G.add_lora(cfg.lora_rank, cfg.lora_alpha)
         self.optimizer = torch.optim.AdamW(self.params, cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.G.device.type == "cuda")
-        images = cfg.batch * cfg.candidates
-        self.micro = images if cfg.micro_batch == "auto" else min(int(cfg.micro_batch), images)
-        self.step = self.position = self.bad = 0
+        most = max(cfg.candidates, 64)  # auto: more at once is not faster, and on a GPU memory will tell
+        self.micro = min(cfg.batch * cfg.candidates, most if cfg.micro_batch == "auto" else int(cfg.micro_batch))
+        self.step = self.position = self.bad = self.stopping = 0
         self.timer, self.metrics, self.stop, self.rng = Timer(self.G.device), [], Stop(), rng_state()
 
     def prompts_of_step(self):
@@ -1267,12 +1022,12 @@ class Trainer:
             grads = [p.grad for p in self.params if p.grad is not None]
             torch._foreach_div_(grads, self.G.loss_scale)
             if self.world > 1:
-                signal_seen = grads[0].new_tensor([float(self.stop.signal)])  # a rank that stops takes the others along
-                all_reduce_mean([*grads, signal_seen], self.world)
-                self.stop.signal = self.stop.signal or (signal.SIGTERM if signal_seen.item() else 0)
+                stopping = grads[0].new_tensor([float(self.stop.signal)])  # all ranks stop after the same step
+                all_reduce_mean([*grads, stopping], self.world)
+            self.stopping = self.stop.signal if self.world == 1 else math.ceil(stopping.item()) and signal.SIGTERM
             norm = float(nn.utils.clip_grad_norm_(self.params, cfg.clip))
             for group in self.optimizer.param_groups:
-                group["lr"] = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_decay else 1.0)
+                group["lr"] = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_schedule == "cosine" else 1.0)
             if math.isfinite(norm):
                 self.optimizer.step()
         self.rng = rng_state()
@@ -1289,7 +1044,7 @@ class Trainer:
 
     def state(self):
         """All that a checkpoint holds: plain numbers, strings and tensors."""
-        return {"step": self.step, "position": self.position, "rng": self.rng, "config": settings(self.cfg),
+        return {"step": self.step, "position": self.position, "loss_scale": self.G.loss_scale, "rng": self.rng, "config": settings(self.cfg),
                 "weights": [p.detach().cpu() for p in self.params], "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state):
@@ -1299,11 +1054,13 @@ class Trainer:
         if changed and not self.cfg.change:
             raise UserError("; ".join(f"--{k.replace('_', '-')} was {old.get(k)} in this run and is {new[k]} now" for k in changed)
                             + ": leave it as it was, or add --change to go on with it on purpose")
-        self.step, self.position = state["step"], state["position"]
+        self.step, self.position, self.G.loss_scale = state["step"], state["position"], state["loss_scale"]
         for p, w in zip(self.params, state["weights"]):
             p.data.copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"]["torch"])
+        np.random.set_state(tuple(state["rng"]["numpy"]))
+        random.setstate(tuple(tuple(v) if isinstance(v, list) else v for v in state["rng"]["python"]))
 
     def save(self, out):
         """The checkpoint for --resume, and the weights in the formats that others load."""
@@ -1313,23 +1070,6 @@ class Trainer:
         else:
             self.G.save_lora(out, self.cfg.lora_format, {"settings": json.dumps(settings(self.cfg))})
 
-    @torch.no_grad()
-    def preview(self, out):
-        """samples/step-N.png: fixed prompts, fixed noise, the base above, the tuned model below; and curve.png."""
-        from eval import draw_curve, picture_grid
-        G, n, pictures = self.G, min(8, len(self.prompts)), []
-        prompts = [self.prompts[i * len(self.prompts) // n] for i in range(n)]
-        condition, noise = G.encode(prompts), [prompt_noise(self.cfg.seed, -1 - i, (1, *G.noise_shape)) for i in range(n)]
-        for context in (G.reference(), contextlib.nullcontext()):
-            with context:
-                x = [G.sample(e.to(G.device), rows(condition, slice(i, i + 1))) for i, e in enumerate(noise)]
-            pictures.append([rewards.to_pil(G.decode(h))[0] for h in x])
-        (out / "samples").mkdir(exist_ok=True)
-        picture_grid(pictures, prompts, ("base", "tuned")).save(out / "samples" / f"step-{self.step:06d}.png")
-        if self.metrics:
-            draw_curve(self.metrics, out / "curve.png")
-
-
 def read_run(folder):
     """config.json of a run as a dict."""
     path = Path(folder) / "config.json"
@@ -1338,11 +1078,9 @@ def read_run(folder):
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: no run ({path.name} is missing or no JSON: {e})") from e
 
-
 def settings(cfg):
     """Config as plain data, for JSON and checkpoints."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
-
 
 def describe(T):
     """What a run is about to do: its settings, and the arithmetic of its batch."""
@@ -1352,19 +1090,14 @@ def describe(T):
           f"{cfg.batch * cfg.candidates * T.world} images a step, {T.micro} at once; {n:,} trainable weights; "
           f"{len(T.prompts):,} prompts; {T.G.dtype} on {T.G.device}", flush=True)
 
-
 def figures(m, cfg, left):
     """One readable line of a step's metrics; left: seconds to go."""
-    parts = [f"step {m['step']}/{cfg.steps}"]
-    if "reward_mean" in m:
-        parts.append(f"reward {m['reward_mean']:.4g} (best {m['reward_best']:.4g}, worst {m['reward_worst']:.4g})")
-    parts += [f"{k[6:]} {v:.4g}" for k, v in m.items() if k.startswith("watch/")]
-    parts += [f"diversity {m['diversity']:.0%}", f"distance {m['distance']:.3g}", f"grad {m['grad_norm']:.3g}"]
-    parts += [f"skipped {m['skipped']}"] if m.get("skipped") else []
-    parts += [] if m["applied"] else ["NOT FINITE, not applied"]
-    parts += [f"{m['seconds']:.2f} s"] + ([f"{m['peak_gib']:.1f} GiB"] if "peak_gib" in m else [])
+    show = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",
+            **{k: k[6:] + " {:.4g}" for k in m if k.startswith("watch/")}, "diversity": "diversity {:.0%}",
+            "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "skipped": "skipped {}" if m.get("skipped") else "",
+            "applied": "" if m["applied"] else "NOT FINITE, not applied", "seconds": "{:.2f} s", "peak_gib": "{:.1f} GiB"}
+    parts = [f"step {m['step']}/{cfg.steps}", *(text.format(m[k]) for k, text in show.items() if text and m.get(k) is not None)]
     return "  ".join(parts) + f"  left {int(left) // 60}:{int(left) % 60:02d}"
-
 
 def open_run(T):
     """The run's folder, and a function that appends a step's metrics to its metrics.jsonl. A new run gets config.json and
@@ -1372,15 +1105,15 @@ def open_run(T):
     cfg = T.cfg
     name = f"{Path(cfg.model).name}-{'pairs' if cfg.pairs else Path(cfg.reward.partition(':')[0]).stem}"
     out = Path(cfg.resume or cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    T.fresh = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        T.fresh = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}") from e
     path, board = out / "metrics.jsonl", None
     if cfg.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out)
-        except ImportError as e:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from e
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out)
     if cfg.resume and path.exists():
         T.metrics = [json.loads(line) for line in path.read_text().splitlines()[:T.step]]
         write_atomic(path, "".join(json.dumps(m) + "\n" for m in T.metrics).encode())
@@ -1392,7 +1125,7 @@ def open_run(T):
         T.save(out)
 
     def log(m):
-        m = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}  # JSON has no NaN
+        m = json.loads(json.dumps(m), parse_constant=lambda name: None)  # JSON has no NaN
         T.metrics.append(m)
         try:
             with open(path, "a") as f:
@@ -1405,23 +1138,22 @@ def open_run(T):
 
     return out, log
 
-
 def train(cfg):
     """Run DrPO with these settings -> path of the run's folder."""
+    import eval
     T = Trainer(cfg)
     if cfg.resume:
         T.restore(load_checkpoint(cfg.resume))
     if cfg.profile:
-        from eval import profile
-        return profile(T)
-    lead, stop, first, began = T.rank == 0, T.stop, T.step, time.perf_counter()
+        return eval.profile(T)
+    lead, first, began = T.rank == 0, T.step, time.perf_counter()
     if lead:
         describe(T)
         out, log = open_run(T)
         if cfg.preview_every and not cfg.resume:
-            T.preview(out)
+            eval.preview(T, out)
     bar = tqdm(total=cfg.steps, initial=T.step, disable=not (lead and sys.stderr.isatty()), unit="step")
-    while T.step < cfg.steps and not stop.signal and T.bad < 3:
+    while T.step < cfg.steps and not T.stopping and T.bad < 3:
         try:
             m = T.train_step()
         except UserError as e:
@@ -1434,23 +1166,22 @@ def train(cfg):
             if T.step % cfg.log_every == 0 or T.step in (first + 1, cfg.steps):
                 tqdm.write(figures(m, cfg, (time.perf_counter() - began) / (T.step - first) * (cfg.steps - T.step)))
             bar.update()
-            last = T.step == cfg.steps or stop.signal or T.bad == 3
+            last = T.step == cfg.steps or T.stopping or T.bad == 3
             if T.step % cfg.save_every == 0 or last:
                 T.save(out)
             if cfg.preview_every and (T.step % cfg.preview_every == 0 or last):
-                T.preview(out)
+                eval.preview(T, out)
     bar.close()
     if T.bad == 3:
         raise UserError(f"step {T.step}: loss or gradient not finite three times in a row; none of these steps was applied. "
                         f"Try a lower --lr or --dtype bf16 with --resume and --change")
-    if stop.signal:
+    if T.stopping:
         if lead:
             print(f"stopped after step {T.step}; go on with: python drpo.py --resume {out}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + T.stopping)
     if lead:
         print(f"done: {out}\nlook at {out}/samples and {out}/curve.png; compare with the base: python eval.py {out}")
         return out
-
 
 def merge(run, out):
     """Write the base of a run with its LoRA folded in as a whole diffusers pipeline."""
@@ -1466,25 +1197,19 @@ def merge(run, out):
     G.pipe.save_pretrained(out)
     print(f"wrote {out}: DiffusionPipeline.from_pretrained('{out}') loads it")
 
-
-# ======================================================================================================================
-# 7. The command line, made from Config.
-# ======================================================================================================================
-
+# ===== 7. The command line, made from Config.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (python drpo.py --help lists the settings)")
 
-
-def numbers(text):
-    return tuple(float(x) for x in text.split(","))
-
-
 def parse(argv):
     """Command line -> Config: what is given, else the model's preset, else Config's default; with --resume the run's."""
     parser = Parser(prog="drpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
+    def numbers(text):
+        return tuple(float(x) for x in text.split(","))
+
     for f in fields(Config):
         kw = dict(action="store_true") if f.type is bool else dict(type=numbers if f.type is tuple else f.type)
         kw |= dict(f.metadata, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
@@ -1499,7 +1224,6 @@ def parse(argv):
     saved = read_run(given["resume"])
     return Config(**{f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved} | {"change": False} | given)
 
-
 def main(argv=None):
     """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
     try:
@@ -1511,7 +1235,6 @@ def main(argv=None):
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

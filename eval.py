@@ -23,9 +23,12 @@ The same command twice on a CPU writes the same report.json bit for bit; speeds 
 """
 import argparse
 import contextlib
+import dataclasses
+import gc
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import rewards
@@ -178,6 +182,25 @@ def draw_curve(metrics, path):
     beside = Path(path).with_suffix(".tmp.png")
     image.resize((w * len(panels) // 2, h // 2), Image.LANCZOS).save(beside)
     os.replace(beside, path)
+
+
+def preview(T, out):
+    """samples/step-N.png of a drpo.Trainer T: fixed prompts, fixed noise, the base above, the tuned model below; and
+    curve.png."""
+    import drpo
+    G, n, pictures = T.G, min(8, len(T.prompts)), []
+    prompts = [T.prompts[i * len(T.prompts) // n] for i in range(n)]
+    noise = [drpo.prompt_noise(T.cfg.seed, -1 - i, (1, *G.noise_shape)).to(G.device) for i in range(n)]
+    with torch.no_grad():
+        condition = G.encode(prompts)
+        for context in (G.reference(), contextlib.nullcontext()):
+            with context:
+                x = [G.sample(e, drpo.rows(condition, slice(i, i + 1))) for i, e in enumerate(noise)]
+            pictures.append([rewards.to_pil(G.decode(h))[0] for h in x])
+    (out / "samples").mkdir(exist_ok=True)
+    picture_grid(pictures, prompts, ("base", "tuned")).save(out / "samples" / f"step-{T.step:06d}.png")
+    if T.metrics:
+        draw_curve(T.metrics, out / "curve.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,27 +660,27 @@ def pairwise_target(z, z_ref, positive, negative, masks, cfg, beta=5.0):
 
 METHODS = {"best-of-K": best_of_k_target, "pairwise": pairwise_target}  # what stands in for drpo.drpo_target
 _FILE = str(HERE / "eval.py")
-_AUTHORS = dict(field="released", candidates=24, anchors=8, batch=32, lr=1e-4, radii=(0.02, 0.05, 0.2))
+_AUTHORS = dict(field="released", radii=(0.02, 0.05, 0.2))
 ABLATIONS = {  # name: {label: settings that differ from the preset of the toy}; "method" names one of METHODS
     "default": {"default": {}},
-    "candidates": {"K 8, m 4": dict(candidates=8, anchors=4), "K 16, m 8": dict(candidates=16, anchors=8),
-                   "K 32, m 8": dict(candidates=32, anchors=8), "K 32, m 16": dict(candidates=32, anchors=16)},
-    "anchors": {f"m {m}": dict(anchors=m) for m in (1, 2, 4, 8)},
-    "kernel": {k: dict(kernel=k) for k in ("laplacian", "rbf", "cosine")},
-    "features": {k: dict(features=k) for k in ("vae", "unet", "latent")},
-    "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.2, 0.4, 1.0)},
-    "eta": {f"eta {v}": dict(eta=v) for v in (0.3, 1.0, 3.0)},
-    "field": {"dipole": dict(field="dipole"), "released": dict(field="released"),
-              "released, radii .02 .05 .2": dict(field="released", radii=(0.02, 0.05, 0.2)),
-              "released, the authors' regime": _AUTHORS, "the same, lr 1e-3": {**_AUTHORS, "lr": 1e-3}},
-    "noise": {"no noise": {}, "noise 0.5": dict(reward=f"{_FILE}:scene_noise_half"),
-              "noise 1": dict(reward=f"{_FILE}:scene_noise_one")},
-    "binary": {"graded": {}, "binary": dict(reward=f"{_FILE}:scene_binary")},
-    "rewards": {"jpeg": dict(reward="jpeg"), "incompressibility": dict(reward="incompressibility")},
-    "alternatives": {"DrPO": {}} | {f"{m}, lambda {v}, lr {lr}": dict(method=m, lambda_ref=v, lr=lr)
-                                    | ({"anchors": 1} if m == "best-of-K" else {})
-                                    for m in METHODS for v, lr in ((0.2, 1e-3), (1.0, 1e-3), (0.2, 3e-4))},
+    "seeds": {f"seed {s}": dict(seed=s) for s in (1, 2)},
+    "candidates": {"K 8, P 8": dict(candidates=8, anchors=4, batch=8), "K 16, P 4": dict(candidates=16, anchors=8, batch=4),
+                   "K 64, P 1": dict(candidates=64, anchors=32, batch=1)},  # the same number of pictures a step
+    "anchors": {f"m {m}": dict(anchors=m) for m in (1, 4, 8)},
+    "kernel": {k: dict(kernel=k) for k in ("rbf", "cosine")},
+    "radii": {"radii .2 .5 1": dict(radii=(0.2, 0.5, 1.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
+    "features": {f"features {k}": dict(features=k) for k in ("unet", "latent")},
+    "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.4, 1.0)},
+    "eta": {"eta 0.3": dict(eta=0.3)},
+    "field": {"released field": dict(field="released"), "released field and radii": _AUTHORS,
+              "the same, K 24, m 8, P 32, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=32, lr=1e-4, steps=25)},
+    "noise": {"reward noise 0.5": dict(reward=f"{_FILE}:scene_noise_half"),
+              "reward noise 1": dict(reward=f"{_FILE}:scene_noise_one")},
+    "binary": {"binary reward": dict(reward=f"{_FILE}:scene_binary")},
+    "rewards": {"reward jpeg": dict(reward="jpeg"), "reward incompressibility": dict(reward="incompressibility")},
+    "alternatives": {"best-of-K distillation": dict(method="best-of-K", anchors=1), "pairwise regression": dict(method="pairwise")},
 }
+ABLATIONS["all"] = {label: settings for table in list(ABLATIONS.values()) for label, settings in table.items()}
 
 
 def ablate_one(folder):
@@ -696,7 +719,7 @@ def ablate(args):
     for seed in seeds:
         for label, settings in variants.items():
             steps = {"steps": args.steps} if args.steps else {}
-            job = {"label": label, "seed": seed, "settings": settings | steps, "device": args.device,
+            job = {"label": label, "seed": seed, "settings": steps | settings, "device": args.device,
                    "samples": args.samples}
             folder = args.out / f"{file_name(label)}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -750,13 +773,528 @@ def ablation_table(done, variants):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Benchmarks: python eval.py --bench NAME
+# 8. Random weights of the true architectures, for drpo.py --random-init, the benchmarks and the tests.
 
-BENCHES = {}  # name: a function without arguments
+# public configurations of the two models
+_UNET = dict(sample_size=64, use_linear_projection=True, layers_per_block=2)
+_SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", steps_offset=1)
+ARCHITECTURES = {
+    "sd-turbo": dict(
+        unet=dict(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024),
+        text=[dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096,
+                   hidden_act="gelu")],
+        scaling_factor=0.18215),
+    "sdxl-turbo": dict(
+        unet=dict(block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+                  transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+                  projection_class_embeddings_input_dim=2816,
+                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
+        text=[dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+                   projection_dim=768),
+              dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120,
+                   hidden_act="gelu", projection_dim=1280)],
+        scaling_factor=0.13025),
+}
+
+
+def random_pipeline(name, device="cpu", dtype=torch.float32, vae=None, **override):
+    """A pipeline of the named architecture with random weights, made in place: no download. `override` replaces entries
+    of ARCHITECTURES[name], `vae` those of the VAE: tests build tiny ones."""
+    import diffusers
+    import transformers
+    arch = {**ARCHITECTURES[name], **override}
+    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+               up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512, scaling_factor=arch["scaling_factor"]) | (vae or {})
+    tokenizer = _character_tokenizer(transformers)
+    with torch.device(device), _default_dtype(dtype):
+        unet = diffusers.UNet2DConditionModel(**_UNET | arch["unet"])
+        vae = diffusers.AutoencoderKL(**vae)
+        encoders = [transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel for i in range(len(arch["text"]))]
+        texts = [cls(transformers.CLIPTextConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **kw))
+                 for cls, kw in zip(encoders, arch["text"])]
+    parts = dict(unet=unet, vae=vae, text_encoder=texts[0], tokenizer=tokenizer)
+    if len(texts) == 2:
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, text_encoder_2=texts[1], tokenizer_2=tokenizer, add_watermarker=False,
+            scheduler=diffusers.EulerAncestralDiscreteScheduler(**_SCHEDULER))
+    return diffusers.StableDiffusionPipeline(**parts, scheduler=diffusers.EulerDiscreteScheduler(**_SCHEDULER),
+                                             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _character_tokenizer(transformers):
+    """A CLIP tokenizer whose words are characters: all that random weights need."""
+    import tempfile
+    symbols = [chr(c) for c in range(33, 127)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(s + "</w>" for s in symbols)]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab.write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+        merges.write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer(str(vocab), str(merges), model_max_length=77)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. The command line.
+# 9. Benchmarks: python eval.py --bench NAME
+
+# Each prints its rows as they come, then a table and one JSON object; what fails or lacks the time says so in its row.
+
+VARIANTS = {  # of the update that is measured: settings beside those of the model's preset
+    "eager": dict(model="sd-turbo"), "compile": dict(model="sd-turbo", compile=True),
+    "taesd": dict(model="sd-turbo", compile=True, decoder="taesd"),
+    "taesd-eager": dict(model="sd-turbo", decoder="taesd"),
+    "sdxl": dict(model="sdxl-turbo"), "sdxl-compile": dict(model="sdxl-turbo", compile=True),
+}
+TINY = dict(batch=2, candidates=4, anchors=2, features="vae", reward="incompressibility")  # with a folder for a model
+MICRO = {"sd-turbo": (48, 24, 16, 8, 4, 2, 1, "auto"), "sdxl-turbo": (32, 16, 8, 4, 2, 1, "auto")}
+
+
+class Bench:
+    """What a benchmark is told, and how it reports: device, seconds it may take, a folder in place of true sizes."""
+
+    def __init__(self, device="auto", budget=300.0, model=""):
+        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.cuda, self.model, self.rows = self.device.startswith("cuda"), model, []
+        self.end = time.perf_counter() + budget
+
+    def config(self, model="sd-turbo", **over):
+        """The preset of the model with random weights and `pickscore@random`; or TINY settings with the folder."""
+        import drpo
+        base = {**drpo.PRESETS[model], "reward": "pickscore@random", "prompts": "animals", "steps": 10**6}
+        base["random_init"] = True
+        base |= {**TINY, "random_init": False} if self.model else {}
+        return drpo.Config(**{**base, **over, "model": self.model or model, "device": self.device})
+
+    def cell(self, label, work):
+        """One row: label and the figures that work() returns, or why there are none; printed at once, memory freed."""
+        try:
+            row = work() if time.perf_counter() < self.end else {"error": "not run: time budget spent"}
+        except torch.OutOfMemoryError:
+            row = {"error": "out of memory"}
+        except Exception as e:
+            row = {"error": f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]}
+        self.rows.append({**label, **row})
+        print("  ".join(f"{k} {shown(v)}" for k, v in self.rows[-1].items()), flush=True)
+        free(self.cuda)
+
+
+def run_bench(spec, **kw):
+    """`NAME` or `NAME:item,item` -> its rows, after a table and one line of JSON; kw as in `Bench`."""
+    name, _, items = spec.partition(":")
+    bench = Bench(**kw)
+    if bench.cuda:
+        print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    BENCHES[name](bench, [item for item in items.split(",") if item])
+    print(bench_table(bench.rows))
+    device = torch.cuda.get_device_name() if bench.cuda else "cpu"
+    print(json.dumps({"bench": spec, "device": device, "torch": torch.__version__, "rows": bench.rows}), flush=True)
+    return bench.rows
+
+
+def free(cuda):
+    """Give back what the last cell held, and start the count of peak memory anew."""
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(cuda):
+    """Peak GiB since `free`: of tensors, and with what the allocator holds beside them."""
+    peaks = {"peak_gib": torch.cuda.max_memory_allocated, "reserved_gib": torch.cuda.max_memory_reserved}
+    return {name: read() / 2**30 for name, read in peaks.items()} if cuda else {}
+
+
+def shown(value):
+    """A figure as short text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def bench_table(rows):
+    """Rows (dicts) as an aligned Markdown table; a figure that a row lacks stays empty."""
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    cells = [names, *([shown(row.get(k, "")) for k in names] for row in rows)]
+    width = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, width)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def clock(call, cuda, times):
+    """Median seconds of call(), after one call to warm up."""
+    seconds = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def matmul_peak(device):
+    """TFLOP/s of ten large matmuls in a row, bf16 on a GPU: what the shares refer to."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 20 * n**3 / 1e12 / clock(lambda: [a @ a for _ in range(10)], device.type == "cuda", 5)
+
+
+class FlopTimer:
+    """Takes the place of drpo.Timer: counts the TFLOP of each phase instead of its seconds."""
+
+    def __init__(self):
+        self.tflop = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.tflop[phase] = self.tflop.get(phase, 0.0) + counter.get_total_flops() / 1e12
+
+
+def count_tflop(T, micro=None):
+    """{phase: TFLOP} of an update, counted apart from the timing and not compiled (that would hide operations): with
+    micro in the chunks of the run; without, the work alone: some candidates in one chunk, scaled up."""
+    import drpo
+    P, K, timer, in_time = T.cfg.batch, T.cfg.candidates, FlopTimer(), drpo.in_time
+    p, k = (P, K) if micro else (1, min(K, 8))
+    noise = torch.stack([drpo.prompt_noise(0, i, (k, *T.G.noise_shape)) for i in range(p)])
+    cfg = dataclasses.replace(T.cfg, anchors=min(T.cfg.anchors, k // 2))
+    drpo.in_time = lambda call, *_: call()  # the counter sees only its own thread
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            drpo.drpo_gradient(T.G, T.phi, T.prompts[:p], noise, cfg, micro or p * k, score=T.scorer, timer=timer)
+    finally:
+        drpo.in_time = in_time
+        T.optimizer.zero_grad()
+    return {phase: n * P * K / (p * k) for phase, n in timer.tflop.items()}
+
+
+def measure(step, cuda, updates=5, limit=60.0):
+    """Medians of the figures that step() returns, and peak memory: at most `updates` of them, as many as fit in
+    `limit` seconds, at least one; one more goes before, to warm up."""
+    step()
+    free(cuda)
+    rows, began = [], time.perf_counter()
+    while len(rows) < updates and (not rows or time.perf_counter() - began < limit):
+        rows.append(step())
+    figures = {k: statistics.median(row.get(k, 0.0) for row in rows) for k in rows[-1] if k.startswith("seconds")}
+    return {"s": figures.pop("seconds"), "updates": len(rows), **memory(cuda), **figures}
+
+
+def measure_trainer(T, updates=5, limit=60.0, phases=True):
+    """`measure` for drpo's own update; a micro-batch that had to be halved is said."""
+    asked = T.micro
+    row = measure(T.train_step, T.G.device.type == "cuda", updates, limit)
+    row = {k: v for k, v in row.items() if phases or not k.startswith("seconds_")} | {"micro": T.micro}
+    return row | ({"halved from": asked} if T.micro < asked else {})
+
+
+def process_seconds():
+    """Seconds since this process began, interpreter and imports included (Linux)."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        began = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(uptime.read().split()[0]) - began
+
+
+def bench_update(bench, variants):
+    """The update of README's table. first_s: from the Trainer to its first update done; command_s: the same from the
+    command on, for the variant that goes first. tflop: the work alone; share = tflop / s / the measured matmul peak."""
+    import drpo
+    peak = None
+
+    def one(variant, micro):
+        nonlocal peak
+        began, over = time.perf_counter(), {"micro_batch": micro} if micro else {}
+        T = drpo.Trainer(bench.config(**VARIANTS[variant], **over))
+        T.train_step()
+        first = {"first_s": time.perf_counter() - began} | ({} if peak else {"command_s": process_seconds()})
+        peak = peak or matmul_peak(T.G.device)
+        row, tflop = measure_trainer(T, 7), sum(count_tflop(T).values())
+        return {**row, **first, "tflop": tflop, "peak": peak, "share": tflop / row["s"] / peak}
+
+    for name in variants or ("eager", "compile", "taesd", "sdxl"):  # eager@24: at --micro-batch 24
+        bench.cell({"update": name}, lambda: one(*name.partition("@")[::2]))
+        torch.compiler.reset()
+
+
+def profile(T):
+    """`drpo.py --profile`: seconds and TFLOP of each phase of an update, and the share of the measured matmul peak."""
+    row, peak = measure_trainer(T), matmul_peak(T.G.device)
+    tflop, s = count_tflop(T, T.micro), row["s"]
+    phases = {k[8:]: v for k, v in row.items() if k.startswith("seconds_")}
+    phases["other"] = s - sum(phases.values())
+    tflop["update"] = sum(tflop.values())
+    print(bench_table([{"phase": k, "s": v, "of update": f"{v / s:.0%}", "TFLOP": tflop.get(k, 0.0),
+                        "of matmul peak": f"{tflop.get(k, 0) / v / peak:.0%}" if v > 0 else ""}
+                       for k, v in {**phases, "update": s}.items()]))
+    print(f"median of {row['updates']} updates at --micro-batch {T.micro}; matmul peak {peak:.4g} TFLOP/s; "
+          f"peak memory {row.get('peak_gib', 0):.1f} GiB")
+
+
+def bench_profile(bench, variants):
+    """The table of `drpo.py --profile` for variants of the update."""
+    import drpo
+    for name in variants or ("eager",):
+        bench.cell({"profile": name}, lambda: profile(drpo.Trainer(bench.config(**VARIANTS[name]))) or {})
+
+
+def bench_memory(bench, models):
+    """Peak memory and seconds by micro-batch: `sd-turbo`, `sdxl-turbo`, or `sd-turbo@4` for one micro-batch."""
+    import drpo
+    for name in models or MICRO:
+        model, _, only = name.partition("@")
+        T = None
+
+        def one(micro):
+            nonlocal T
+            T = T or drpo.Trainer(bench.config(model))
+            most = T.cfg.batch * T.cfg.candidates
+            T.micro = most if micro == "auto" else min(int(micro), most)
+            return measure_trainer(T, 5, 8, phases=False)
+
+        for micro in [only] if only else MICRO[model]:
+            bench.cell({"model": model, "--micro-batch": micro}, lambda: one(micro))
+        T = None
+        free(bench.cuda)
+
+
+def bench_growth(bench, micro):
+    """Seconds and memory of an update as candidates and prompts grow, at one micro-batch (default 48)."""
+    import drpo
+    T, most = drpo.Trainer(bench.config()), int(micro[0]) if micro else 48
+
+    def one(P, K):
+        T.cfg, T.micro = dataclasses.replace(T.cfg, batch=P, candidates=K, anchors=min(8, K // 2)), min(most, P * K)
+        return measure_trainer(T, 5, 8, phases=False)
+
+    for K in (4, 6) if bench.model else (8, 16, 24, 32, 64):
+        for P in (1, 2) if bench.model else (1, 4, 8):
+            bench.cell({"candidates": K, "prompts": P}, lambda: one(P, K))
+
+
+def bench_pickscore(bench, _):
+    """Scoring an update's 192 pictures from a tensor on the device: at once, with new prompts, in chunks of 24."""
+    import rewards
+    B = 4 if bench.model else 192
+    reward = rewards.load(TINY["reward"] if bench.model else "pickscore@random", bench.device)
+    x, turn = torch.rand(B, 3, 512, 512, device=bench.device), iter(range(99))
+    prompts = [f"prompt {i // 24}" for i in range(B)]
+    for name, call in {
+            "at once": lambda: reward.score(x, prompts),
+            "with new prompts": lambda: reward.score(x, [f"{p} {n}" for n in [next(turn)] for p in prompts]),
+            "in chunks of 24": lambda: [reward.score(part, prompts[:24]) for part in x.split(24)],
+            "preprocessing alone": lambda: rewards.clip_pixels(x, x.device)}.items():
+        bench.cell({"pickscore": name, "images": B}, lambda: {"s": clock(call, bench.cuda, 5), **memory(bench.cuda)})
+
+
+# --- numbers that stay right ---
+
+
+class FixedScores:
+    """Stands for a reward: the same scores, whatever the pictures."""
+
+    def __call__(self, images, prompts):
+        pass
+
+    def finish(self, P, K):
+        return torch.rand(P, K, generator=torch.Generator().manual_seed(0))
+
+    def logged(self):
+        return {}
+
+
+def twin(bench, dtype, exact=None, **kw):
+    """A generator with the weights of `exact`, a LoRA with B not zero (else A has no gradient), and features. The
+    first, in float32, gets an output of RMS 1, as a trained one has. -> G, phi, trainable weights."""
+    import drpo
+    torch.manual_seed(0)
+    kw |= dict(device=bench.device, dtype=dtype, random_init=not bench.model)
+    G = drpo.load_generator(bench.model or "sd-turbo", **kw)
+    prompts, e = ["a red cube", "a cat"], torch.randn(4, *G.noise_shape, generator=torch.Generator().manual_seed(0))
+    if exact:
+        for net in ("unet", "vae", "text_encoder"):
+            getattr(G.pipe, net).load_state_dict(dict(exact.base_weights[net]))
+    else:
+        with torch.no_grad():
+            rms = G.call_unet(e.to(G.device), G.t, drpo.rows(G.encode(prompts * 2), slice(None))).square().mean().sqrt()
+            G.unet.conv_out.weight.div_(rms), G.unet.conv_out.bias.div_(rms)
+        G.base_weights = {net: getattr(G.pipe, net).state_dict() for net in ("unet", "vae", "text_encoder")}
+    torch.manual_seed(1)
+    params = G.add_lora(16, 16.0)
+    for module in G.lora.values():
+        torch.nn.init.normal_(module.B, std=0.02)
+    torch.manual_seed(2)
+    return G, drpo.load_features("vae" if bench.model else "latent-mae", G, True), params
+
+
+def vae_in_half(bench):
+    """The SDXL VAE at true size, its first layer scaled so that activations pass 65504: fp16 must be lifted."""
+    import drpo
+    text = [dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, projection_dim=32)]
+    unet = dict(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
+                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    pipe = random_pipeline("sdxl-turbo", bench.device, torch.float32, text=text * 2, unet=unet)
+    G = drpo.Generator(pipe, bench.device, torch.float16)
+    G.vae.decoder.conv_in.weight.data.mul_(1e6)
+    x = torch.randn(1, 4, 8, 8, device=bench.device)
+    lifted, plain = G.decode(x).isnan().sum(), G.vae.half() and G.decode(x).isnan().sum()
+    return {"dtype": "fp16", "NaN as it runs": int(lifted), "NaN in plain fp16": int(plain)}
+
+
+def bench_numbers(bench, parts):
+    """bf16 against float32, micro-batches against the whole, compiled against eager; parts: bf16, micro, vae, compile.
+    Latents have RMS about 1 in a trained model, so the error that counts is the RMS of the difference."""
+    import drpo
+    torch.backends.cudnn.allow_tf32 = False
+    P, K, prompts = 2, 8, ["a red cube", "a cat"]
+    cos = lambda a, b: float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+    def outputs(made, micro=P * K, fields=("dipole", "released")):
+        G, phi, params = made
+        e = torch.stack([drpo.prompt_noise(0, i, (K, *G.noise_shape)) for i in range(P)])
+        c, first = drpo.rows(G.encode(prompts), torch.zeros(K, dtype=torch.long)), e[0].to(G.device)
+        out = {"latents": G.sample(first, c)}
+        out["latents"].mul(e[1].to(G.device)).mean().backward()  # a fixed direction: the network's own gradient
+        for field in (None, *fields):
+            if field:
+                radii = (0.2, 0.5, 1.0) if field == "dipole" else (0.02, 0.05, 0.2)
+                cfg = drpo.Config(field=field, anchors=4, radii=radii)
+                drpo.drpo_gradient(G, phi, prompts, e, cfg, micro, score=FixedScores())
+            out[field or "network"] = torch.cat([p.grad.flatten() for p in params]) / (G.loss_scale if field else 1)
+            for p in params:
+                p.grad = None
+        return {k: v.detach().float() for k, v in out.items()}
+
+    def against(a, b):
+        d = a["latents"] - b["latents"]
+        rms = lambda x: float(x.square().mean().sqrt())
+        return {"rms_difference": rms(d), "rms_latents": rms(b["latents"]),
+                **{f"cosine_{k}": cos(a[k], b[k]) for k in a if k != "latents"}}
+
+    def rounded_end():
+        G = made[0]
+        G.unet.conv_norm_out._forward_pre_hooks.clear()
+        G.unet.conv_norm_out.bfloat16(), G.unet.conv_out.bfloat16()
+        return against(outputs(made), exact)
+
+    parts = parts or ["bf16", "micro", "vae", "compile"]
+    base = twin(bench, torch.float32)
+    exact = outputs(base)
+    if "micro" in parts:
+        bench.cell({"numbers": "float32, micro-batch 3 against whole"}, lambda: against(outputs(base, 3), exact))
+    made = twin(bench, torch.bfloat16, base[0])
+    eager = outputs(made)
+    if "bf16" in parts:
+        bench.cell({"numbers": "bf16 against float32"}, lambda: against(eager, exact))
+    if "micro" in parts:
+        bench.cell({"numbers": "bf16, micro-batch 3 against whole"}, lambda: against(outputs(made, 3), eager))
+    if "bf16" in parts:
+        bench.cell({"numbers": "bf16, last layers too, against float32"}, rounded_end)
+    if "vae" in parts:
+        bench.cell({"numbers": "SDXL VAE"}, lambda: vae_in_half(bench))
+    if "compile" in parts:
+        made = twin(bench, torch.bfloat16, base[0], compile=True)
+        bench.cell({"numbers": "bf16 compiled against float32"}, lambda: against(fast := outputs(made), exact) |
+                   {f"{k} (eager)": v for k, v in against(fast, eager).items()})
+
+
+# --- the cost of a large reward: ranking by it against differentiating it ---
+
+
+class VisionLanguageReward:
+    """Qwen2-VL-7B's shape with random weights: 256 image tokens, 32 of text; a fixed projection of the last state."""
+
+    def __init__(self, device, small=False):
+        from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration as Model
+        text = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                    num_key_value_heads=4, vocab_size=152064,
+                    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})
+        vision = dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, patch_size=14)
+        if small:
+            text |= dict(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
+                         num_key_value_heads=1)
+            vision |= dict(depth=2, embed_dim=32, hidden_size=128, num_heads=2)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(device):
+                net = Model(Qwen2VLConfig(text_config=text, vision_config=vision))
+        finally:
+            torch.set_default_dtype(default)
+        self.net = net.eval().requires_grad_(False).model
+        self.direction, self.batch_size = torch.randn(text["hidden_size"], device=device), 16
+
+    def score_tensor(self, images, prompts):
+        """(B, 3, H, W) in [0, 1] -> (B,), differentiable: cut into patches in the order of Qwen's processor."""
+        B, dev = len(images), images.device
+        x = torch.nn.functional.interpolate(images.float(), (448, 448), mode="bicubic", antialias=True) * 4 - 2
+        x = x.reshape(B, 3, 16, 2, 14, 16, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, blocks, 2x2 patches, 3, 14, 14
+        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(B * 1024, 3 * 2 * 14 * 14).bfloat16()
+        ids = [151652, *[151655] * 256, 151653, *range(1000, 1032)]
+        at = torch.arange(256, device=dev)
+        image = torch.stack([at * 0, at // 16, at % 16]) + 1  # rotary positions: time, row, column
+        after = torch.arange(17, 17 + 33, device=dev).expand(3, -1)
+        positions = torch.cat([image[:, :1] * 0, image, after], 1)[:, None].expand(-1, B, -1)
+        grid = torch.tensor([[1, 32, 32]] * B, device=dev)
+        h = self.net(input_ids=torch.tensor([ids] * B, device=dev), pixel_values=x, image_grid_thw=grid,
+                     position_ids=positions, use_cache=False).last_hidden_state[:, -1]
+        return h.float() @ self.direction
+
+
+def reward_gradient_step(T, reward, chunk, checkpoint):
+    """The same update by the gradient of the reward itself: sample, decode, score differentiated, chunk by chunk."""
+    import drpo
+    cfg, G, began = T.cfg, T.G, time.perf_counter()
+    noise = torch.cat([drpo.prompt_noise(0, i, (cfg.candidates, *G.noise_shape)) for i in range(cfg.batch)])
+    prompts = [T.prompts[i // cfg.candidates] for i in range(len(noise))]
+    T.optimizer.zero_grad()
+    condition, e = G.encode(T.prompts[:cfg.batch]), noise.to(G.device)
+    wrap = lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False) if checkpoint else f(x)
+    for i in torch.arange(len(e)).split(chunk):
+        images = wrap(G.decode, G.sample(e[i], drpo.rows(condition, (i // cfg.candidates).to(G.device))))
+        scores = wrap(lambda x: reward.score_tensor(x, [prompts[j] for j in i]), images)
+        (-scores.sum() / len(e) * G.loss_scale).backward()
+    norm = torch.nn.utils.clip_grad_norm_(T.params, cfg.clip)
+    T.optimizer.step()
+    return {"seconds": time.perf_counter() - began, "grad_norm": float(norm)}
+
+
+def bench_reward_cost(bench, _):
+    """Updates of 8 x 24 images with a 7B reward: ranked by it (DrPO) against differentiated through it. That takes the
+    largest chunk of 8, 4, 2, 1 images that fits, checkpointing only where not even 1 does."""
+    import drpo
+    import rewards
+    T = drpo.Trainer(bench.config(micro_batch="4" if bench.model else "24"))
+    vlm = VisionLanguageReward(T.G.device, small=bool(bench.model))
+    reward = rewards.Reward("vlm", {"vlm": vlm}, {"vlm": 1.0})
+    T.scorer = drpo.Scorer(reward, [], 600)
+    bench.cell({"reward": "7B", "update": "DrPO"}, lambda: measure_trainer(T, 5, 30))
+    for chunk, checkpoint in ((8, False), (4, False), (2, False), (1, False), (2, True), (1, True)):
+        bench.cell({"reward": "7B", "update": "reward gradient", "micro": chunk, "checkpointing": checkpoint},
+                   lambda: measure(lambda: reward_gradient_step(T, vlm, chunk, checkpoint), bench.cuda, 3, 40))
+        if "s" in bench.rows[-1]:
+            break
+    if all("s" in row for row in (bench.rows[0], bench.rows[-1])):
+        bench.rows.append({"reward": "7B", "update": "ratio", "s": bench.rows[-1]["s"] / bench.rows[0]["s"]})
+
+
+BENCHES = {"update": bench_update, "profile": bench_profile, "memory": bench_memory, "numbers": bench_numbers,
+           "growth": bench_growth, "reward-cost": bench_reward_cost, "pickscore": bench_pickscore}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. The command line.
 
 def parse(argv):
     """Command line -> settings, with device and the folder of the output filled in."""
@@ -782,7 +1320,8 @@ def parse(argv):
     p.add_argument("--seeds", default="0", help="seeds of an ablation, comma-separated [0]")
     p.add_argument("--steps", type=int, default=0, help="steps of an ablation; default: the toy's")
     p.add_argument("--jobs", type=int, default=1, help="processes of an ablation at once [1]")
-    p.add_argument("--bench", default="", metavar="NAME", help=f"a benchmark: {', '.join(BENCHES)}")
+    p.add_argument("--bench", default="", metavar="NAME[:ITEM,...]", help=f"a benchmark: {', '.join(BENCHES)}")
+    p.add_argument("--budget", type=float, default=600, help="seconds that a benchmark may take [600]")
     p.add_argument("--variant", default="", help=argparse.SUPPRESS)  # one process of an ablation
 
     def fail(message):
@@ -802,8 +1341,7 @@ def main(argv=None):
         if args.variant:
             ablate_one(args.variant)
         elif args.bench:
-            from drpo import pick
-            pick("benchmark", args.bench, BENCHES)()
+            run_bench(args.bench, device=args.device, budget=args.budget, model=args.model)
         else:
             (ablate if args.ablate else side_by_side if args.generate else evaluate)(args)
     except UserError as e:

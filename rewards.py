@@ -32,8 +32,8 @@ Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PA
 trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or OPENAI_API_KEY (bearer token of the judge).
 """
 
-import argparse, base64, binascii, difflib, hmac, http.client, importlib.util, inspect, io, itertools, json, math, numbers, os
-import re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
+import argparse, base64, binascii, difflib, hashlib, hmac, http.client, importlib.util, inspect, io, itertools, json, math, numbers, os
+import queue, re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -231,7 +231,91 @@ def to_pil(images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# in training: chunk by chunk, in time
+
+class Scorer:
+    """Collects the scores of a step, chunk by chunk: of the reward that ranks, and of the watched ones that never do."""
+
+    def __init__(self, reward, watched=(), timeout=600.0):
+        self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
+        self.reset()
+
+    def reset(self):
+        """Forget the step in hand."""
+        self.chunks, self.parts, self.watch = {}, {}, {}
+
+    def __call__(self, images, prompts):
+        """Score images (B,3,H,W) in [0,1] of B prompts."""
+        for reward, kept in [(self.reward, self.chunks)] + [(w, self.watch) for w in self.watched if self.watching]:
+            for name, scores in in_time(lambda: reward.score(images, prompts), self.timeout, reward.name).items():
+                kept.setdefault(name, []).append(scores)
+
+    def finish(self, P, K):
+        """The scores that rank, (P, K), of the chunks since the last call: P prompts of K candidates each."""
+        scores = {name: torch.cat(chunks).reshape(P, K) for name, chunks in self.chunks.items()}
+        for name, values in scores.items():
+            self.parts.setdefault(name, []).append(values.flatten())
+        self.chunks = {}
+        return self.reward.combine(scores)
+
+    def logged(self):
+        """Means of the parts of a combined reward and of the watched rewards, {name: float}; ends the step."""
+        means = {f"part/{k}": float(torch.cat(v).double().nanmean()) for k, v in self.parts.items() if len(self.parts) > 1}
+        means |= {f"watch/{k}": float(torch.cat(v).double().nanmean()) for k, v in self.watch.items()}
+        self.reset()
+        return means
+
+
+def in_time(call, seconds, name):
+    """call(), in a thread of its own so that a reward that hangs can be given up."""
+    answer = queue.SimpleQueue()
+
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def work():
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a fresh thread would be on GPU 0
+            with torch.no_grad():
+                answer.put((call(), None))
+        except BaseException as e:
+            answer.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)") from None
+    if error:
+        raise error
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # files: from the hub, or from a local copy
+
+def pick(kind, name, options, also=""):
+    """options[name] (name itself where the options are a tuple), or one clear line with the nearest names."""
+    if name in options:
+        return options[name] if isinstance(options, dict) else name
+    near = difflib.get_close_matches(name, options, 3, 0.4) or list(options)
+    raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(near)}?{f' ({also})' if also else ''}")
+
+
+def fetch(url, sha256):
+    """Path of a file of the web, fetched once into ~/.cache/drpo (or $DRPO_CACHE) and checked against its checksum."""
+    path = Path(os.environ.get("DRPO_CACHE", Path.home() / ".cache" / "drpo")) / sha256[:12] / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {url}", file=sys.stderr)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"{url} could not be fetched ({e}); put the file at {path} and start again") from e
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and it will be fetched again")
+    return path
+
 
 @contextmanager
 def fetching(name, files, repo, path):
@@ -295,6 +379,72 @@ def takes_tensors(score, batch_size):
     """Marks a function that takes PIL images and tensors alike."""
     score.score_tensor, score.batch_size = score, batch_size
     return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts, and pairs that somebody judged beforehand
+
+ANIMALS = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle " \
+    "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama " \
+    "camel bat gorilla hedgehog kangaroo"
+PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
+PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
+    "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
+    "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
+    "scenes": Path(__file__).resolve().parent / "toy" / "captions_train.txt", "scenes-test": Path(__file__).resolve().parent / "toy" / "captions_heldout.txt",
+    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing the dishes")]}
+
+
+def load_prompts(spec):
+    """A built-in name, a text file (a prompt a line) or a .jsonl with "prompt" -> list of prompts."""
+    source = PROMPTS.get(spec, spec)
+    if isinstance(source, list):
+        return source
+    path = fetch(*source) if isinstance(source, tuple) else Path(source)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
+        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as e:
+        raise UserError(f"prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+    if path.suffix == ".jsonl":
+        lines = [json_line(path, n, line, prompt=str)["prompt"] for n, line in enumerate(lines, 1) if line]
+    if not any(lines):
+        raise UserError(f"prompts {path}: empty; expected a prompt a line")
+    return [line for line in lines if line]
+
+
+def json_line(path, n, line, **kinds):
+    """One line of a .jsonl -> dict that has these keys, of these types, none empty."""
+    try:
+        row = json.loads(line)
+        assert all(isinstance(row[k], kind) and row[k] for k, kind in kinds.items())
+        return row
+    except (ValueError, KeyError, TypeError, AssertionError):
+        want = ", ".join(f'"{k}": {"a list of files" if kind is list else "text"}' for k, kind in kinds.items())
+        raise UserError(f"{path}, line {n}: expected a JSON object with {want}") from None
+
+
+def load_pairs(path, anywhere=False):
+    """Offline pairs -> list of (prompt, [chosen files], [rejected files]); the files lie in the folder of the .jsonl."""
+    path, out = Path(path), []
+    if not path.is_file():
+        raise UserError(f"pairs {path}: no such file; expected a .jsonl with prompt, chosen, rejected")
+    home = path.resolve().parent
+    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.strip():
+            row = json_line(path, n, line, prompt=str, chosen=list, rejected=list)
+            chosen, rejected = ([home / str(f) for f in row[side]] for side in ("chosen", "rejected"))
+            for file in chosen + rejected:
+                if not anywhere and not file.resolve().is_relative_to(home):
+                    raise UserError(f"{path}, line {n}: {file} lies outside {home} (--pairs-anywhere allows it)")
+                if not file.is_file():
+                    raise UserError(f"{path}, line {n}: {file} is missing")
+            out.append((row["prompt"], chosen, rejected))
+    if not out:
+        raise UserError(f"pairs {path}: empty; expected a line a prompt")
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,22 +8,22 @@
 A one-step generator G_theta maps noise e and a prompt c to a picture in one forward pass. For each prompt, K candidates
 are sampled and a reward S RANKS them; its gradient and its scale are never used. In the space of frozen features phi,
 
-    z_i = phi(G_theta(e_i, c)),  r_i = phi(G_ref(e_i, c))  with the same noise;  A+, A- = features of the m best, m worst
+    z_i = phi(G_theta(e_i, c)),  r_i = phi(G_ref(e_i, c))  with the same noise;  A+, A-: features of the m best, worst
     E(z)     = sum_j [k(z, a_j+) - k(z, a_j-)]             dipole energy; exp(E) is the reward that is climbed
-    V_pref   = grad_z E(z)                                 preference field                              `dipole_field`
-    V_ref    = mu_R(z) - mu_Z(z)                           drift toward the base, by mean shift          `reference_drift`
-    z*       = sg[z + eta (V_pref + lambda V_ref)]         detached target                               `drpo_target`
-    L(theta) = 1/2 mean_i ||z_i - z_i*||^2                 regression                                    `regression_loss`
+    V_pref   = grad_z E(z)                                 preference field                         `dipole_field`
+    V_ref    = mu_R(z) - mu_Z(z)                           drift toward the base, by mean shift     `reference_drift`
+    z*       = sg[z + eta (V_pref + lambda V_ref)]         detached target                          `drpo_target`
+    L(theta) = 1/2 mean_i ||z_i - z_i*||^2                 regression                               `regression_loss`
 
-Symbols: P prompts a step, K candidates, m anchors of each sign, T vectors an image (a feature map may have several, e.g.
-one a patch), N = K T samples of one prompt and map, D features, k kernel, s mean distance, tau = radius s bandwidth,
+Symbols: P prompts a step, K candidates, m anchors of each sign, T vectors an image (a map may have several, one a
+patch), N = K T samples of one prompt and map, D features, k kernel, s mean distance, tau = radius s bandwidth,
 eta step, lambda weight of the drift, sg stop gradient, mu_B mean of the set B weighted by the kernel. Arrays (P, N, D).
 
 Where this differs from the paper
- 1. tau is a radius times s, the mean distance of the samples to the set in use, and each radius' field is scaled to unit
-    RMS and summed, as in the released code. So the loss is nearly constant: watch rms_pref, the reward, the distance.
- 2. z* moves in units u = s / sqrt(D), and the loss is the mean over N and D of ((z - z*) / u)^2 / 2, so that feature maps
-    of any scale and size weigh alike. Without it the toy reached 70% instead of 91% (README).
+ 1. tau is a radius times s, the mean distance to the set in use; each radius' field is scaled to unit RMS and summed,
+    as in the released code. So the loss is nearly constant: watch rms_pref, the reward, the distance.
+ 2. z* moves in units u = s / sqrt(D), and the loss is the mean over N and D of ((z - z*) / u)^2 / 2: maps of any
+    scale and size weigh alike (README has the figures).
  3. In mu_Z a sample does not count itself; an anchor that is the sample itself exerts no force.
  4. Ties and missing opinions (NaN) have rules: see `rank`. A strictly increasing change of the scores changes nothing.
  5. Micro-batches are exact, since the target is detached: see `drpo_gradient`.
@@ -34,8 +34,8 @@ Where this differs from the authors' released code (`--field released` is its ar
  9. bf16 with float32 last layers and LoRA, instead of fp16 autocast; no gradient checkpointing: micro-batches instead.
 10. The noise of a prompt depends on the seed and its position alone: not on the micro-batch, the device, or the GPUs.
 """
-import argparse, contextlib, hashlib, importlib.util, io, json, logging, math, os, random, re, shutil, signal, subprocess, sys
-import threading, time, warnings
+import argparse, contextlib, hashlib, importlib.util, io, json, logging, math, os, random, re, shutil, signal
+import subprocess, sys, threading, time, warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import rewards
+from eval import Timer, describe, figures_line, preview, profile
 from rewards import Scorer, UserError, fetch, load_pairs, load_prompts, pick  # UserError: one line, exit code 2
 
 HERE = Path(__file__).resolve().parent
@@ -62,12 +63,11 @@ def opt(default, help, **kw):
 @dataclass
 class Config:
     """Every setting, with its default and its unit. The command line is made from this class."""
-
-    model: str = opt("toy", "toy, sd-turbo, sdxl-turbo, a local diffusers folder, or a hub id with an SD or SDXL layout")
-    reward: str = opt("scene", "what ranks: a name of `python rewards.py list`, a weighted sum a=1,b=.5, file.py:function, a URL")
-    watch: str = opt("", "comma-separated rewards that are scored and logged but never ranked on: they show reward hacking")
+    model: str = opt("toy", "toy, sd-turbo, sdxl-turbo, a diffusers folder, or a hub id with an SD or SDXL layout")
+    reward: str = opt("scene", "a name of `python rewards.py list`, a weighted sum a=1,b=.5, file.py:function, a URL")
+    watch: str = opt("", "comma-separated rewards, logged but never ranked on: they show reward hacking")
     watch_every: int = opt(10, "steps between two scorings by the watched rewards")
-    prompts: str = opt("scenes", "a text file (a prompt a line), a .jsonl with \"prompt\", or scenes, animals, pickapic")
+    prompts: str = opt("scenes", "a text file, a prompt a line; a .jsonl with \"prompt\"; scenes, animals, pickapic")
     pairs: str = opt("", "offline instead of --reward: a .jsonl with prompt, chosen: [files], rejected: [files]")
     pairs_anywhere: bool = opt(False, "files of --pairs may lie outside its folder")
     steps: int = opt(200, "optimizer steps")
@@ -83,17 +83,18 @@ class Config:
     eta: float = opt(1.0, "step of the target: z* = z + eta V")
     lr: float = opt(3e-3, "AdamW learning rate")
     lr_schedule: str = opt("cosine", "cosine: to zero over --steps", choices=("cosine", "constant"))
+    warmup: int = opt(20, "steps over which the learning rate rises from zero: Adam's first steps are large")
     weight_decay: float = opt(0.01, "AdamW weight decay")
     clip: float = opt(1.0, "largest gradient norm")
     lora_rank: int = opt(16, "rank r of the LoRA")
     lora_alpha: float = opt(16.0, "alpha of the LoRA: the update is alpha / r B A x")
-    lora_format: str = opt("diffusers", "kohya is what A1111, ComfyUI, Forge read", choices=("diffusers", "kohya", "both"))
+    lora_format: str = opt("diffusers", "kohya: A1111, ComfyUI, Forge", choices=("diffusers", "kohya", "both"))
     full: bool = opt(False, "finetune the whole UNet instead of a LoRA (keeps a frozen copy)")
     micro_batch: str = opt("auto", "images at once through the networks; auto halves it whenever memory runs out")
-    dtype: str = opt("auto", "frozen weights; auto = bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = opt("auto", "frozen weights; auto = bf16 on a GPU or fp32", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = opt("auto", "cuda, cuda:1, cpu; auto = cuda where there is one")
     compile: bool = opt(False, "torch.compile the networks: faster steps, minutes to start")
-    decoder: str = opt("vae", "decodes what is ranked; taesd = madebyollin/taesd, an approximation", choices=("vae", "taesd"))
+    decoder: str = opt("vae", "decodes what is ranked; taesd: an approximation", choices=("vae", "taesd"))
     deterministic: bool = opt(False, "the same run bit for bit on the same GPU (slower)")
     seed: int = opt(0, "seed of noise, prompt order and LoRA")
     out: str = opt("", "folder of the run; default runs/MODEL-REWARD-DATE")
@@ -105,15 +106,17 @@ class Config:
     reward_timeout: float = opt(600.0, "seconds that one call of a reward may take")
     profile: bool = opt(False, "print seconds, TFLOP and share of the matmul peak of each phase of a step, and stop")
     tensorboard: bool = opt(False, "also write TensorBoard event files (needs the package tensorboard)")
-    random_init: bool = opt(False, "random weights of the model's architecture, no download: to measure time and memory")
+    random_init: bool = opt(False, "random weights of the architecture, no download: to measure time and memory")
 
 # The authors' recipes (paper section 5 and their scripts), for one GPU: theirs ran on 4 and on 4-8.
 PRESETS = {
     "toy": {},
     "sd-turbo": dict(reward="pickscore", prompts="pickapic", steps=1000, batch=8, candidates=24, anchors=8,
-                     features="latent-mae", field="released", radii=(0.02, 0.05, 0.2), lr=1e-4, lr_schedule="constant"),
+                     features="latent-mae", field="released", radii=(0.02, 0.05, 0.2), lr=1e-4, lr_schedule="constant",
+                     warmup=0),
     "sdxl-turbo": dict(reward="pickscore", prompts="pickapic", steps=5000, batch=8, candidates=16, anchors=8,
-                       features="unet", feature_reduction="mean", field="released", radii=(0.02, 0.05, 0.2), lr=1e-5, lr_schedule="constant"),
+                       features="unet", feature_reduction="mean", field="released", radii=(0.02, 0.05, 0.2), lr=1e-5,
+                       lr_schedule="constant", warmup=0),
 }
 MODELS = {"toy": str(HERE / "toy"), "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,12 +125,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #    Shapes: z (..., N, D) samples, a (..., M, D) anchors; any leading dimensions, such as P prompts at once.
 
 def distances(z, a):
-    """||z_i - a_j||: (..., N, D), (..., M, D) -> (..., N, M). By differences: the quick x^2 - 2xy + y^2 loses digits."""
+    """||z_i - a_j||: (..., N, D), (..., M, D) -> (..., N, M). By differences: x^2 - 2xy + y^2 loses digits."""
     return torch.cdist(z, a, compute_mode="donot_use_mm_for_euclid_dist")
 
 def mean_distance(d, mask=None):
-    """The scale s: mean of the distances (..., N, M) -> (..., 1, 1). Pairs at distance 0 (a sample and its own copy among
-    the anchors) and anchors outside `mask` (..., M) are left out; detached, for s is a unit of length, not a variable."""
+    """The scale s: mean of the distances (..., N, M) -> (..., 1, 1). Pairs at distance 0 (a sample and its own copy)
+    and anchors outside `mask` (..., M) are left out; detached, for s is a unit of length, not a variable."""
     used = d > 0 if mask is None else (d > 0) & mask[..., None, :]
     s = (d * used).sum((-2, -1), keepdim=True) / used.sum((-2, -1), keepdim=True).clamp(min=1)
     return torch.where(s > 0, s, 1.0).detach()
@@ -139,8 +142,8 @@ def log_kernel(z, a, d, tau, radius, kernel):
     return -((d / tau) ** 2) / 2 if kernel == "rbf" else -d / tau  # "laplacian", alias "exponential"
 
 def kernel_gradient(z, a, weight, tau, radius, kernel):
-    """sum_j w_j grad_z k(z_i, a_j) = exp(shift) V: -> V (..., N, D), shift (..., 1, 1); weight (..., M). An anchor that IS
-    the sample gives no force. The largest kernel is taken out as exp(shift): small radii would underflow."""
+    """sum_j w_j grad_z k(z_i, a_j) = exp(shift) V: -> V (..., N, D), shift (..., 1, 1); weight (..., M).
+    An anchor that IS the sample gives no force. The largest kernel is taken out: small radii would underflow."""
     d = distances(z, a)  # (..., N, M)
     log_k = log_kernel(z, a, d, tau, radius, kernel).masked_fill((d == 0) | (weight == 0)[..., None, :], -torch.inf)
     shift = log_k.amax((-2, -1), keepdim=True).nan_to_num(neginf=0.0)
@@ -157,6 +160,11 @@ def unit_rms(V, shift=0.0):
     """V / RMS over its (N, D); and the RMS of exp(shift) V, (...,)."""
     rms = V.square().mean((-2, -1), keepdim=True).sqrt()
     return V / torch.where(rms > 0, rms, 1.0), (rms * torch.as_tensor(shift).exp())[..., 0, 0]
+
+def total(fields, return_rms):
+    """The sum of the radii's unit fields, and on request their RMS before, (..., R)."""
+    V = sum(V for V, _ in fields)
+    return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
 
 def _both(positive, negative, masks):
     """Anchors of both signs in one list: (..., M+ + M-, D), their signs +1/-1, and which are there at all."""
@@ -177,20 +185,18 @@ def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
 def dipole_field(z, positive, negative, *, radii, kernel="laplacian", masks=None, return_rms=False):
     """V_pref(z) = grad_z E(z): toward the best candidates and away from the worst, most strongly near them.
 
-    z (..., N, D); positive, negative (..., M, D); radii: bandwidths in units of the mean distance s; masks: optional pair
-    of boolean (..., M), False where a row is padding. Returns (..., N, D): for each radius scaled to unit RMS over (N, D),
-    then summed over radii; with return_rms also the RMS before that scaling, (..., R): the loss cannot show it."""
+    z (..., N, D); positive, negative (..., M, D); radii: bandwidths in units of the mean distance s; masks: a pair of
+    boolean (..., M), False where a row is padding. Returns (..., N, D): per radius scaled to unit RMS over (N, D), then
+    summed; with return_rms also the RMS before that scaling, (..., R): the loss cannot show it."""
     z, (a, sign, mask) = z.float(), _both(positive, negative, masks)
     s = mean_distance(distances(z, a), mask)
-    fields = [unit_rms(*kernel_gradient(z, a, sign, r * s, r, kernel)) for r in radii]
-    V = sum(V for V, _ in fields)
-    return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
+    return total([unit_rms(*kernel_gradient(z, a, sign, r * s, r, kernel)) for r in radii], return_rms)
 
 def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False):
     """V_ref(z) = mu_R(z) - mu_Z(z), mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean-shift estimate of
     grad log p_ref - grad log p_theta (paper section 3). A sample never counts itself in mu_Z.
 
-    z (..., N, D), reference (..., M, D) -> (..., N, D), unit RMS per radius, summed; return_rms as in `dipole_field`."""
+    z (..., N, D), reference (..., M, D) -> (..., N, D), unit RMS per radius, summed; else as `dipole_field`."""
     z, r = z.float(), reference.float()
     d_z, d_r = distances(z, z), distances(z, r)  # (..., N, N), (..., N, M)
     s = mean_distance(torch.cat([d_z, d_r], -1))
@@ -204,15 +210,14 @@ def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False
         to_r = w_r @ (r - origin) - (z - origin)  # mu_R - z
         to_z = w_z @ (z - origin) - w_z.sum(-1, keepdim=True) * (z - origin)  # mu_Z - z
         fields.append(unit_rms(to_r - to_z))
-    V = sum(V for V, _ in fields)
-    return (V, torch.stack([rms for _, rms in fields], -1)) if return_rms else V
+    return total(fields, return_rms)
 
 def released_field(z, positive, negative, *, radii, kernel="laplacian", positive_weight=3000.0, negative_weight=3000.0,
                    negative_is_self=False, masks=None, return_rms=False):
     """The force of the authors' released code, with which the published figures were obtained.
 
     z (..., N, D); positive, negative (..., M, D). Returns the force (..., N, D) in units of s / sqrt(D), and s (...,).
-    As preference term the anchors are best and worst; as reference term positives are the reference's features, negatives
+    As preference term the anchors are best and worst; as reference term positives are the reference's, negatives
     z itself (negative_is_self). masks and return_rms as in `dipole_field`."""
     z, p, n = z.float(), positive.float(), negative.float()
     N, D, M = z.shape[-2], z.shape[-1], n.shape[-2]
@@ -226,7 +231,7 @@ def released_field(z, positive, negative, *, radii, kernel="laplacian", positive
     same[:, :N] = torch.eye(N, dtype=torch.bool, device=z.device)
     if negative_is_self:
         same[:, N:2 * N] = same[:, :N]
-    unit, force, all_rms = s / D**0.5, 0, []
+    unit, fields = s / D**0.5, []
     for radius in radii:
         logits = log_kernel(z, y, d, radius * s, radius, kernel) - same * (100 / radius)
         logits = logits.masked_fill(w == 0, -1e9)  # padding
@@ -236,10 +241,9 @@ def released_field(z, positive, negative, *, radii, kernel="laplacian", positive
         origin = y.mean(-2, keepdim=True)
         V = (coef @ (y - origin) - coef.sum(-1, keepdim=True) * (z - origin)) / unit
         rms = V.square().mean((-2, -1), keepdim=True).clamp(min=1e-8).sqrt()
-        force = force + V / rms
-        all_rms.append(rms[..., 0, 0])
-    s = s[..., 0, 0]
-    return (force, s, torch.stack(all_rms, -1)) if return_rms else (force, s)
+        fields.append((V / rms, rms[..., 0, 0]))
+    force, rms = total(fields, True)
+    return (force, s[..., 0, 0], rms) if return_rms else (force, s[..., 0, 0])
 
 def rank(scores, m):
     """Best m and worst m of K candidates: scores (..., K) -> two boolean masks (..., K). Only the order matters.
@@ -284,8 +288,8 @@ def regression_loss(z, terms):
     """sum over terms of weight ||z - sg(z*)||^2: z (N, D), z* (N, D), weight (N, 1) -> scalar; a sum over samples."""
     return sum((weight.detach() * (z - z_star.detach()).square()).sum() for z_star, weight in terms)
 
-# ===== 2. Features phi: frozen networks in which a direction means something. Each takes latents x (B, 4, h, w) in the scale
-#    of the generator and the prompts' condition, and returns a list of maps (B, T, D) in float32: T vectors an image.
+# ===== 2. Features phi: frozen networks in which a direction means something. Each takes latents x (B, 4, h, w) in the
+#    generator's scale and the prompts' condition, and returns a list of maps (B, T, D) in float32: T vectors an image.
 #    Pooled, translation-invariant statistics serve; raw latents do not.
 
 def mean_std(h, patch=None):
@@ -297,7 +301,6 @@ def mean_std(h, patch=None):
 
 class _Block(nn.Module):
     """conv-gn-relu-conv-gn + shortcut, relu."""
-
     def __init__(self, c_in, c, stride):
         super().__init__()
         self.conv1, self.gn1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False), nn.GroupNorm(32, c)
@@ -313,8 +316,8 @@ class LatentMAE(nn.Module):
     """ResNet encoder of a masked autoencoder on latents, the authors' features for SD-Turbo: global mean and std, mean
     and std over 2x2 and over 4x4 patches of its last stage: six maps.
 
-    ModelScope jiangzhou130v1/drpo-mae-latent-256, mae_latent_256_torch.pth (width 256, 340 M parameters); the same network
-    as JAX msgpack: HF hub Goodeat/drifting, models/mae/jax/mae_latent_256. Source: the paper's appendix, and that file."""
+    ModelScope jiangzhou130v1/drpo-mae-latent-256, mae_latent_256_torch.pth (width 256, 340 M parameters); the same
+    as JAX msgpack: HF hub Goodeat/drifting, models/mae/jax/mae_latent_256. Source: the paper's appendix, that file."""
 
     URL = "https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/resolve/master/mae_latent_256_torch.pth"
     SHA256 = "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1"
@@ -345,7 +348,7 @@ class LatentMAE(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # torn files fail in many ways
-            raise UserError(f"{path}: not a readable latent-MAE file ({type(e).__name__}: {str(e).splitlines()[0][:120]})") from e
+            raise UserError(f"{path}: not a readable latent-MAE file ({type(e).__name__})") from e
         while not any(k.startswith("encoder.") for k in state) and any(isinstance(v, dict) for v in state.values()):
             state = next(v for v in state.values() if isinstance(v, dict))
         state = {k.removeprefix("encoder."): v.float() for k, v in state.items() if k.startswith("encoder.")}
@@ -374,7 +377,7 @@ def latent_mae(G, path=None, random_init=False):
     return phi
 
 def vae_features(G, path=None, random_init=False):
-    """`vae`: the frozen VAE decoder of the generator itself, after mid_block, up_blocks[0] and up_blocks[1]; of each the
+    """`vae`: the frozen VAE decoder of the generator itself, after mid_block, up_blocks[0], up_blocks[1]; of each the
     global mean, the global std, and the averages of its four quarters as one vector: nine maps. No download."""
     decoder = G.vae.decoder
 
@@ -446,18 +449,16 @@ def load_features(spec, G, random_init=False):
         parts.append(pick("feature", name, PHI)(G, path or None, random_init))
     return lambda x, condition: [z for phi in parts for z in phi(x, condition)]
 
-def frozen(net):
-    """eval mode, no gradient to its weights."""
+def frozen(net):  # eval mode, no gradient to its weights
     return net.eval().requires_grad_(False)
 
-# ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same network with the LoRA off.
+# ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same, the LoRA off.
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 
 class LoRA(nn.Module):
     """y = W x + alpha / r B A x, W frozen; A (r, in) random, B (out, r) zero, both float32 for the optimizer."""
-
     def __init__(self, base, rank, alpha, switch):
         super().__init__()
         self.base, self.scale, self.switch = base, alpha / rank, switch
@@ -475,7 +476,6 @@ class LoRA(nn.Module):
 class Generator:
     """A one-step generator in diffusers' SD or SDXL layout: encode(prompts) -> condition, sample(noise, condition) ->
     latents, decode(latents) -> images, reference(): context of the frozen base, save_lora, load_lora."""
-
     def __init__(self, pipe, device="cpu", dtype=torch.float32, name="", compile=False, decoder="vae"):
         self.pipe, self.device, self.dtype, self.name, self.compile = pipe, torch.device(device), dtype, name, compile
         self.unet, self.vae, self.xl = pipe.unet, pipe.vae, hasattr(pipe, "text_encoder_2")
@@ -487,13 +487,14 @@ class Generator:
         if dtype == torch.float16 and self.xl and self.vae.config.force_upcast:
             print("the SDXL VAE overflows in fp16: it runs in float32", file=sys.stderr)
             self.vae.float()
-        # the mid block's attention leaves channels-last strides behind, and every layer after it would copy: 13.2 -> 10.5 ms
+        # the mid block's attention leaves channels-last strides, and every layer after it would copy: 13.2 -> 10.5 ms
         self.vae.decoder.mid_block.register_forward_hook(lambda module, x, out: out.contiguous())
         self.ranker = self.vae  # decodes what is ranked; features and previews always use the VAE
         if decoder == "taesd":
             from diffusers import AutoencoderTiny
             repo = "madebyollin/taesdxl" if self.xl else "madebyollin/taesd"
-            self.ranker = AutoencoderTiny() if name.startswith("random") else from_hub(AutoencoderTiny.from_pretrained, repo)
+            random = name.startswith("random")
+            self.ranker = AutoencoderTiny() if random else from_hub(AutoencoderTiny.from_pretrained, repo)
             frozen(self.ranker.to(self.device, dtype))
         pipe.scheduler.set_timesteps(1)  # one step: x = x_T - sigma eps, all of it derived from the scheduler's config
         self.sigma, self.t = float(pipe.scheduler.sigmas[0]), pipe.scheduler.timesteps[0].to(self.device)
@@ -506,7 +507,7 @@ class Generator:
         self.compiled(self.ranker.decoder)
 
     def compiled(self, net):
-        """Compile a network in place where --compile asks for it; where that fails it goes on as it was, and says so."""
+        """Compile a network in place where --compile asks for it; where that fails it goes on, and says so."""
         if not self.compile:
             return
         # inductor's channels-last pass lost gradients of the UNet (torch 2.13, CPU: cosine 0.93 to eager)
@@ -528,7 +529,7 @@ class Generator:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """P prompts -> condition, a dict of tensors with leading dimension P, as the diffusers pipeline encodes them."""
+        """P prompts -> condition, a dict of tensors with leading dimension P, as the pipeline encodes them."""
         if not self.xl:
             return {"text": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}  # (P, 77, D)
         text, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, num_images_per_prompt=1,
@@ -540,13 +541,14 @@ class Generator:
         """The network's raw prediction: x (B, 4, h, w), t scalar, condition of B rows -> (B, 4, h, w) float32."""
         added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]} if self.xl else None
         with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
-            return self.unet(x.to(self.dtype), t, condition["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+            x = self.unet(x.to(self.dtype), t, condition["text"], added_cond_kwargs=added, return_dict=False)[0]
+        return x.float()
 
     def sample(self, noise, condition):
         """x = G(e, c): noise e (B, 4, h, w) ~ N(0, 1), condition of B rows -> latents (B, 4, h, w), float32.
 
-        x_T = sigma e, x = x_T - sigma eps(c_in x_T, t = 999, c), c_in = 1 / sqrt(sigma^2 + 1): what the diffusers pipeline
-        does with num_inference_steps=1, guidance_scale=0."""
+        x_T = sigma e, x = x_T - sigma eps(c_in x_T, t = 999, c), c_in = 1 / sqrt(sigma^2 + 1): the diffusers pipeline
+        with num_inference_steps=1, guidance_scale=0."""
         x_T = self.init * noise.float()
         out = self.call_unet(x_T / math.sqrt(self.sigma**2 + 1), self.t, condition)
         if self.prediction == "epsilon":
@@ -632,20 +634,19 @@ class Generator:
         rank = next((v.shape[0] for k, v in state.items() if k.endswith(down)), 0)
         if not rank:
             raise UserError(f"{path}: no LoRA weights in it (expected keys that end in {down})")
-        self.add_lora(rank, float(next((v for k, v in state.items() if k.endswith(".alpha")), meta.get("lora_alpha", rank))))
+        alpha = next((v for k, v in state.items() if k.endswith(".alpha")), meta.get("lora_alpha", rank))
+        self.add_lora(rank, float(alpha))
         for name, m in self.lora.items():
             key = "lora_unet_" + name.replace(".", "_") if kohya else f"unet.{name}"
             A, B = state.get(key + down), state.get(key + up)
             if A is None or B is None or A.shape != m.A.shape or B.shape != m.B.shape:
-                raise UserError(f"{path}: made for the base {meta.get('base_model', '(not stated)')}, and {self.name} is "
+                raise UserError(f"{path}: made for the base {meta.get('base_model', '(not stated)')}; {self.name} is "
                                 f"another: {key} is missing or of another shape")
             m.A.data.copy_(A)
             m.B.data.copy_(B if kohya else B / m.scale)
         return meta
 
-def load_lora(generator, path):
-    """Load a LoRA (diffusers or kohya format, a run's folder or a file) into a Generator; returns its metadata."""
-    return generator.load_lora(path)
+load_lora = Generator.load_lora  # load_lora(generator, folder or file)
 
 def from_hub(load, name, **kw):
     """load(name) from a local folder or the hub; a failure is the user's to mend, and the line says how."""
@@ -653,7 +654,7 @@ def from_hub(load, name, **kw):
         return load(name, **kw)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise UserError(f"{name} could not be loaded: no usable local folder, not in the cache, or not reachable on the hub "
+        raise UserError(f"{name} could not be loaded: no usable local folder, not in the cache, or no hub in reach "
                         f"({reason}). Ways on: --model toy, or the path of a local diffusers folder") from e
 
 def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, random_init=False, compile=False, decoder="vae"):
@@ -674,7 +675,7 @@ def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, random_in
         path = MODELS.get(name_or_path, name_or_path)
         pipe = from_hub(diffusers.DiffusionPipeline.from_pretrained, path, torch_dtype=dtype, **kw)
     if not all(hasattr(pipe, part) for part in ("unet", "vae", "text_encoder")):
-        raise UserError(f"{name_or_path} is a {type(pipe).__name__}; expected an SD or SDXL layout (unet, vae, text_encoder)")
+        raise UserError(f"{name_or_path} is a {type(pipe).__name__}; expected an SD or SDXL layout")
     return Generator(pipe, device, dtype, name_or_path, compile, decoder)
 
 def layout(name_or_path):
@@ -693,33 +694,6 @@ def layout(name_or_path):
 
 # ===== 4. One training step, with exact micro-batches.
 
-class Timer:
-    """Seconds of each phase of a step; on a GPU by events, so that the host waits for nothing."""
-
-    def __init__(self, device):
-        self.cuda, self.marks = torch.device(device).type == "cuda", []
-
-    def now(self):
-        if self.cuda:
-            (event := torch.cuda.Event(enable_timing=True)).record()
-        return event if self.cuda else time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        start = self.now()
-        yield
-        self.marks.append((phase, start, self.now()))
-
-    def seconds(self):
-        """{phase: seconds} since the last call; waits for the GPU."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        total = {}
-        for phase, a, b in self.marks:
-            total[phase] = total.get(phase, 0.0) + (a.elapsed_time(b) / 1e3 if self.cuda else b - a)
-        self.marks = []
-        return total
-
 def rows(condition, index):
     """The rows `index` of a condition, a dict of tensors (P, ...)."""
     return {k: v[index] for k, v in condition.items()}
@@ -735,11 +709,11 @@ def divisor(n, most):
     return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
 
 def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None, timer=None):
-    """One update's gradient, times G.loss_scale, added to .grad of the trainable weights; returns a dict of what happened.
+    """One update's gradient, times G.loss_scale, added to .grad of the trainable weights; returns a dict of figures.
 
-    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score: a `rewards.Scorer`; pairs: see `pair_anchors`.
-    Exact for any micro: the field of a prompt needs its own candidates alone, so as many whole prompts as micro allows go
-    through the step together; a prompt that is larger than micro goes through it in chunks, see `prompt_gradient`."""
+    prompts: P strings; noise (P, K, 4, h, w); micro: images at once; score: a `Scorer`; pairs: see `pair_anchors`.
+    Exact for any micro: the field of a prompt needs its own candidates alone, so as many whole prompts as micro
+    allows go through the step together; a prompt that is larger goes through it in chunks, see `prompt_gradient`."""
     timer = timer or Timer(G.device)
     P, K = noise.shape[:2]
     with timer("sample"):
@@ -747,7 +721,8 @@ def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None,
     parts, size = [], divisor(P, micro // K)
     for i in (slice(a, a + size) for a in range(0, P, size)):
         pairs_i = pairs and [[(a[i], mask[i]) for a, mask in sides] for sides in pairs]
-        parts.append(prompt_gradient(G, phi, prompts[i], noise[i], rows(condition, i), cfg, micro, P, score, pairs_i, timer))
+        c = rows(condition, i)
+        parts.append(prompt_gradient(G, phi, prompts[i], noise[i], c, cfg, micro, P, score, pairs_i, timer))
     M = {k: torch.cat([part[k].float().cpu() for part in parts]) for k in parts[0]}  # (P, ...) each
     within = M.pop("within").mean(0).tolist()
     metrics = {"loss": float(M.pop("loss").sum())} | ({"skipped": int(M.pop("skipped").sum())} if score else {})
@@ -757,9 +732,9 @@ def drpo_gradient(G, phi, prompts, noise, cfg, micro, *, score=None, pairs=None,
 def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pairs, timer):
     """`drpo_gradient` for p of its P prompts: noise (p, K, 4, h, w), condition of p rows; returns figures per prompt.
 
-    (A) sample, decode, score, features. (B) rank, field, targets. (C) the loss and its gradient. Where the p K images are
-    more than micro, A runs without gradient and C samples once more, chunk by chunk: the targets z* are detached, so once
-    they are known the loss is a sum over samples."""
+    (A) sample, decode, score, features. (B) rank, field, targets. (C) the loss and its gradient. Where the p K images
+    are more than micro, A runs without gradient and C samples once more, chunk by chunk: the targets z* are detached,
+    so once they are known the loss is a sum over samples."""
     (p, K), e = noise.shape[:2], noise.flatten(0, 1)  # (p K, 4, h, w)
     owner = torch.arange(p, device=G.device).repeat_interleave(K)  # (p K,): the prompt of each image
     whole, n = p * K <= micro, p * K
@@ -813,8 +788,8 @@ def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pai
             "rms_ref": rms_ref} | (score_figures(scores, *(mask.cpu() for mask in masks)) if score else {})
 
 def score_figures(s, positive, negative):
-    """Of scores (p, K), per prompt: mean, best, worst, standard deviation, gap between the anchors, and whether there are
-    none; NaN for a prompt without an opinion."""
+    """Of scores (p, K), per prompt: mean, best, worst, standard deviation, gap between the anchors, and whether there
+    are none; NaN for a prompt without an opinion."""
     best, worst = (sign * (sign * s).nan_to_num(nan=-math.inf).amax(-1) for sign in (1, -1))
     mean = lambda mask: torch.where(mask, s, torch.nan).nanmean(-1)
     std = (s - s.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
@@ -829,7 +804,7 @@ def prompt_noise(seed, position, shape):
 
 @torch.no_grad()
 def pair_anchors(G, phi, pairs):
-    """Features of the files of P offline pairs: per map, (positive (P, M, D), mask (P, M)) and the same for negative."""
+    """Features of the files of P offline pairs: per map, (positive (P, M, D), mask (P, M)), and for negative."""
     from PIL import Image
     found, size = [], (G.picture_side, G.picture_side)
     for prompt, *sides in pairs:
@@ -894,12 +869,11 @@ def load_checkpoint(folder):
 
 # ===== 6. A run.
 
-FREE = {"steps", "resume", "change", "out", "save_every", "preview_every", "log_every", "micro_batch", "device", "compile",
-        "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}  # may differ after --resume
+FREE = {"steps", "resume", "change", "out", "save_every", "preview_every", "log_every", "micro_batch", "device",
+        "compile", "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}  # after --resume
 
 class Stop:
     """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
-
     def __init__(self):
         self.signal = 0
         if threading.current_thread() is threading.main_thread():
@@ -916,20 +890,20 @@ def check(cfg):
         pick("feature", item.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
-    at_least = dict.fromkeys(("steps", "batch", "candidates", "anchors", "lora_rank", "save_every", "log_every", "watch_every"), 1)
-    at_least |= dict.fromkeys(("lr", "weight_decay", "lambda_ref", "eta", "clip", "lora_alpha", "reward_timeout"), 0)
+    at_least = dict.fromkeys("steps batch candidates anchors lora_rank save_every log_every watch_every".split(), 1)
+    at_least |= dict.fromkeys("lr weight_decay lambda_ref eta clip lora_alpha warmup".split(), 0) | dict(reward_timeout=0.1)
     out, overlap = Path(cfg.out or HERE), not cfg.pairs and 2 * cfg.anchors > cfg.candidates
     for name, wrong, expected in (
             *((name, not low <= getattr(cfg, name) < math.inf, f"at least {low}") for name, low in at_least.items()),
             ("anchors", overlap, f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
-            ("radii", not cfg.radii or not all(0 < r < math.inf for r in cfg.radii), "positive numbers, such as 0.2,0.5,1"),
-            ("micro_batch", not re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)), "auto, or a number of images"),
+            ("radii", not cfg.radii or not all(0 < r < math.inf for r in cfg.radii), "positive numbers, as 0.2,0.5,1"),
+            ("micro_batch", not re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)), "auto or a number of images"),
             ("device", not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device), "auto, cpu, cuda or cuda:N"),
             ("device", "cuda" in cfg.device and not torch.cuda.is_available(), "cpu: torch sees no CUDA device here"),
             ("out", cfg.out and not cfg.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")),
              f"a new folder: this one already holds a run (go on with it: --resume {out})"),
-            ("out", out.is_file(), "a folder"), ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"),
-                                                 "the package tensorboard: pip install tensorboard")):
+            ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"), "pip install tensorboard"),
+            ("out", out.is_file(), "a folder")):
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected {expected}")
 
@@ -937,7 +911,7 @@ def start(cfg):
     """Device, dtype, seeds, and under torchrun the process group: -> device, dtype, rank, number of ranks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and ":" not in cfg.device else cfg.device if cuda else "cpu"
+    device = cfg.device if ":" in cfg.device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -950,22 +924,20 @@ def start(cfg):
 
 def all_reduce_mean(tensors, world):
     """Average tensors over the ranks in place, by one all-reduce."""
-    flat = torch.cat([t.flatten() for t in tensors])
+    flat = nn.utils.parameters_to_vector(tensors)
     try:
         dist.all_reduce(flat)
     except RuntimeError as e:
-        raise UserError(f"another rank of this run ended, so this one stops too ({str(e).splitlines()[0][:120]})") from e
-    for t, part in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
-        t.copy_(part.view_as(t))
+        raise UserError(f"another rank of this run ended, so this one stops too ({str(e).splitlines()[0][:99]})") from e
+    nn.utils.vector_to_parameters(flat / world, tensors)
 
 def rng_state():
-    """The generators that a reward of the user's may draw from, as plain data; drpo's own noise has seeds of its own."""
+    """The generators that a reward of the user's may draw from, as plain data; drpo's noise has its own seeds."""
     name, words, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, words.tolist(), *rest]}
 
 class Trainer:
     """All that a run holds: generator, features, reward, prompts, optimizer, and where it stands."""
-
     def __init__(self, cfg):
         check(cfg)
         self.cfg, (device, dtype, self.rank, self.world) = cfg, start(cfg)
@@ -986,8 +958,8 @@ class Trainer:
         self.timer, self.metrics, self.stop, self.rng = Timer(self.G.device), [], Stop(), rng_state()
 
     def prompts_of_step(self):
-        """(position, index) of this rank's next prompts: every epoch is a permutation of its own, positions count over all
-        ranks, and both are functions of the seed alone."""
+        """(position, index) of this rank's next prompts: every epoch is a permutation of its own, positions count over
+        all ranks, and both are functions of the seed alone."""
         n = len(self.prompts)
         for position in range(start := self.position + self.rank * self.cfg.batch, start + self.cfg.batch):
             g = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + position // n)
@@ -996,7 +968,8 @@ class Trainer:
     def gradient(self):
         """The gradient of the next step; where memory runs out the micro-batch is halved and the step begun again."""
         positions, index = zip(*self.prompts_of_step())
-        noise = torch.stack([prompt_noise(self.cfg.seed, p, (self.cfg.candidates, *self.G.noise_shape)) for p in positions])
+        shape = (self.cfg.candidates, *self.G.noise_shape)
+        noise = torch.stack([prompt_noise(self.cfg.seed, p, shape) for p in positions])
         while True:
             self.optimizer.zero_grad()
             try:
@@ -1005,7 +978,7 @@ class Trainer:
                                      score=self.scorer, pairs=pairs, timer=self.timer)
             except torch.OutOfMemoryError:
                 if self.micro == 1:
-                    raise UserError("out of GPU memory at --micro-batch 1; try --decoder taesd or a smaller reward") from None
+                    raise UserError("out of GPU memory at --micro-batch 1; try a smaller reward") from None
             self.micro = -(-self.micro // 2)  # outside of except: the exception holds the memory
             print(f"out of GPU memory: going on with --micro-batch {self.micro}", file=sys.stderr)
             self.scorer and self.scorer.reset()
@@ -1027,7 +1000,8 @@ class Trainer:
             self.stopping = self.stop.signal if self.world == 1 else math.ceil(stopping.item()) and signal.SIGTERM
             norm = float(nn.utils.clip_grad_norm_(self.params, cfg.clip))
             for group in self.optimizer.param_groups:
-                group["lr"] = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_schedule == "cosine" else 1.0)
+                group["lr"] = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup)) * (
+                    0.5 + 0.5 * math.cos(math.pi * self.step / cfg.steps) if cfg.lr_schedule == "cosine" else 1)
             if math.isfinite(norm):
                 self.optimizer.step()
         self.rng = rng_state()
@@ -1044,16 +1018,17 @@ class Trainer:
 
     def state(self):
         """All that a checkpoint holds: plain numbers, strings and tensors."""
-        return {"step": self.step, "position": self.position, "loss_scale": self.G.loss_scale, "rng": self.rng, "config": settings(self.cfg),
-                "weights": [p.detach().cpu() for p in self.params], "optimizer": self.optimizer.state_dict()}
+        return {"step": self.step, "position": self.position, "loss_scale": self.G.loss_scale, "rng": self.rng,
+                "config": settings(self.cfg), "weights": [p.detach().cpu() for p in self.params],
+                "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state):
         """Go on from a checkpoint's state; settings that differ from its own are refused by name."""
         old, new = state["config"], settings(self.cfg)
         changed = [k for k in new if k not in FREE and old.get(k) != new[k]]
         if changed and not self.cfg.change:
-            raise UserError("; ".join(f"--{k.replace('_', '-')} was {old.get(k)} in this run and is {new[k]} now" for k in changed)
-                            + ": leave it as it was, or add --change to go on with it on purpose")
+            raise UserError("; ".join(f"--{k.replace('_', '-')} was {old.get(k)} and is {new[k]} now" for k in changed)
+                            + ": leave it as it was in this run, or add --change to go on with it on purpose")
         self.step, self.position, self.G.loss_scale = state["step"], state["position"], state["loss_scale"]
         for p, w in zip(self.params, state["weights"]):
             p.data.copy_(w)
@@ -1082,26 +1057,9 @@ def settings(cfg):
     """Config as plain data, for JSON and checkpoints."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
 
-def describe(T):
-    """What a run is about to do: its settings, and the arithmetic of its batch."""
-    cfg, n = T.cfg, sum(p.numel() for p in T.params)
-    print("  ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v not in ("", False)))
-    print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {T.world} ranks' if T.world > 1 else ''} = "
-          f"{cfg.batch * cfg.candidates * T.world} images a step, {T.micro} at once; {n:,} trainable weights; "
-          f"{len(T.prompts):,} prompts; {T.G.dtype} on {T.G.device}", flush=True)
-
-def figures(m, cfg, left):
-    """One readable line of a step's metrics; left: seconds to go."""
-    show = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",
-            **{k: k[6:] + " {:.4g}" for k in m if k.startswith("watch/")}, "diversity": "diversity {:.0%}",
-            "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "skipped": "skipped {}" if m.get("skipped") else "",
-            "applied": "" if m["applied"] else "NOT FINITE, not applied", "seconds": "{:.2f} s", "peak_gib": "{:.1f} GiB"}
-    parts = [f"step {m['step']}/{cfg.steps}", *(text.format(m[k]) for k, text in show.items() if text and m.get(k) is not None)]
-    return "  ".join(parts) + f"  left {int(left) // 60}:{int(left) % 60:02d}"
-
 def open_run(T):
-    """The run's folder, and a function that appends a step's metrics to its metrics.jsonl. A new run gets config.json and
-    a first checkpoint; a resumed one loses the lines that came after its checkpoint."""
+    """The run's folder, and a function that appends a step's metrics to its metrics.jsonl. A new run gets config.json
+    and a first checkpoint; a resumed one loses the lines that came after its checkpoint."""
     cfg = T.cfg
     name = f"{Path(cfg.model).name}-{'pairs' if cfg.pairs else Path(cfg.reward.partition(':')[0]).stem}"
     out = Path(cfg.resume or cfg.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -1140,18 +1098,17 @@ def open_run(T):
 
 def train(cfg):
     """Run DrPO with these settings -> path of the run's folder."""
-    import eval
     T = Trainer(cfg)
     if cfg.resume:
         T.restore(load_checkpoint(cfg.resume))
     if cfg.profile:
-        return eval.profile(T)
+        return profile(T)
     lead, first, began = T.rank == 0, T.step, time.perf_counter()
     if lead:
         describe(T)
         out, log = open_run(T)
         if cfg.preview_every and not cfg.resume:
-            eval.preview(T, out)
+            preview(T, out)
     bar = tqdm(total=cfg.steps, initial=T.step, disable=not (lead and sys.stderr.isatty()), unit="step")
     while T.step < cfg.steps and not T.stopping and T.bad < 3:
         try:
@@ -1160,20 +1117,21 @@ def train(cfg):
             if lead and T.step == 0 and T.fresh:
                 shutil.rmtree(out)  # nothing came of it: leave nothing behind
             saved = lead and T.step > first and not T.save(out)
-            raise UserError(f"step {T.step + 1}: {e}" + (f" (saved; go on with --resume {out})" if saved else "")) from e
+            raise UserError(f"step {T.step + 1}: {e}" + (f" (go on with --resume {out})" if saved else "")) from e
         if lead:
             log(m)
             if T.step % cfg.log_every == 0 or T.step in (first + 1, cfg.steps):
-                tqdm.write(figures(m, cfg, (time.perf_counter() - began) / (T.step - first) * (cfg.steps - T.step)))
+                left = (time.perf_counter() - began) / (T.step - first) * (cfg.steps - T.step)
+                tqdm.write(figures_line(m, cfg, left))
             bar.update()
             last = T.step == cfg.steps or T.stopping or T.bad == 3
             if T.step % cfg.save_every == 0 or last:
                 T.save(out)
             if cfg.preview_every and (T.step % cfg.preview_every == 0 or last):
-                eval.preview(T, out)
+                preview(T, out)
     bar.close()
     if T.bad == 3:
-        raise UserError(f"step {T.step}: loss or gradient not finite three times in a row; none of these steps was applied. "
+        raise UserError(f"step {T.step}: loss or gradient not finite three times in a row; none of them was applied. "
                         f"Try a lower --lr or --dtype bf16 with --resume and --change")
     if T.stopping:
         if lead:
@@ -1204,9 +1162,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python drpo.py --help lists the settings)")
 
 def parse(argv):
-    """Command line -> Config: what is given, else the model's preset, else Config's default; with --resume the run's."""
+    """Command line -> Config: what is given, else the model's preset, else the default; with --resume the run's."""
     parser = Parser(prog="drpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
+
     def numbers(text):
         return tuple(float(x) for x in text.split(","))
 
@@ -1214,7 +1173,7 @@ def parse(argv):
         kw = dict(action="store_true") if f.type is bool else dict(type=numbers if f.type is tuple else f.type)
         kw |= dict(f.metadata, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
         parser.add_argument("--" + f.name.replace("_", "-"), **kw)
-    parser.add_argument("--merge", nargs=2, metavar=("RUN", "OUT"), help="write a diffusers pipeline with the LoRA folded in")
+    parser.add_argument("--merge", nargs=2, metavar=("RUN", "OUT"), help="write a pipeline with the LoRA folded in")
     given = vars(parser.parse_args(argv))
     if given.get("merge"):
         return given["merge"]
@@ -1222,7 +1181,8 @@ def parse(argv):
     if "resume" not in given:
         return Config(**{**PRESETS[layout(given.get("model", Config.model))], **given})
     saved = read_run(given["resume"])
-    return Config(**{f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved} | {"change": False} | given)
+    saved = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
+    return Config(**saved | {"change": False} | given)
 
 def main(argv=None):
     """python drpo.py ...: what the user can mend ends with one line and exit code 2."""

@@ -46,7 +46,7 @@ from rewards import UserError
 HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Pictures. Nothing here needs the rest of the file, or drpo: drpo.py draws its previews and its curve with it.
+# 1. What a run shows, for drpo.py: pictures, a curve, seconds of each phase, lines of figures.
 
 INK, FAINT, GRID, BAND, RIGHT, WRONG = "#22262e", "#707784", "#e4e6eb", "#dbe6f8", "#2a9d4e", "#d43d3d"
 LINES = ("#2563c9", "#c9622b", "#2f8f5b")
@@ -182,6 +182,56 @@ def draw_curve(metrics, path):
     beside = Path(path).with_suffix(".tmp.png")
     image.resize((w * len(panels) // 2, h // 2), Image.LANCZOS).save(beside)
     os.replace(beside, path)
+
+
+class Timer:
+    """Seconds of each phase of a step; on a GPU by events, so that the host waits for nothing."""
+
+    def __init__(self, device):
+        self.cuda, self.marks = torch.device(device).type == "cuda", []
+
+    def now(self):
+        if self.cuda:
+            (event := torch.cuda.Event(enable_timing=True)).record()
+        return event if self.cuda else time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        start = self.now()
+        yield
+        self.marks.append((phase, start, self.now()))
+
+    def seconds(self):
+        """{phase: seconds} since the last call; waits for the GPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = {}
+        for phase, a, b in self.marks:
+            total[phase] = total.get(phase, 0.0) + (a.elapsed_time(b) / 1e3 if self.cuda else b - a)
+        self.marks = []
+        return total
+
+
+def describe(T):
+    """What a run is about to do: its settings, and the arithmetic of its batch."""
+    cfg, n = T.cfg, sum(p.numel() for p in T.params)
+    print("  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v not in ("", False)))
+    print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {T.world} ranks' if T.world > 1 else ''} = "
+          f"{cfg.batch * cfg.candidates * T.world} images a step, {T.micro} at once; {n:,} trainable weights; "
+          f"{len(T.prompts):,} prompts; {T.G.dtype} on {T.G.device}", flush=True)
+
+
+def figures_line(m, cfg, left):
+    """One readable line of a step's metrics; left: seconds to go."""
+    show = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",
+            **{k: k[6:] + " {:.4g}" for k in m if k.startswith("watch/")}, "diversity": "diversity {:.0%}",
+            "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}",
+            "skipped": "skipped {}" if m.get("skipped") else "",
+            "applied": "" if m["applied"] else "NOT FINITE, not applied",
+            "seconds": "{:.2f} s", "peak_gib": "{:.1f} GiB"}
+    parts = [f"step {m['step']}/{cfg.steps}"]
+    parts += [text.format(m[k]) for k, text in show.items() if text and m.get(k) is not None]
+    return "  ".join(parts) + f"  left {int(left) // 60}:{int(left) % 60:02d}"
 
 
 def preview(T, out):
@@ -664,7 +714,8 @@ _AUTHORS = dict(field="released", radii=(0.02, 0.05, 0.2))
 ABLATIONS = {  # name: {label: settings that differ from the preset of the toy}; "method" names one of METHODS
     "default": {"default": {}},
     "seeds": {f"seed {s}": dict(seed=s) for s in (1, 2)},
-    "candidates": {"K 8, P 8": dict(candidates=8, anchors=4, batch=8), "K 16, P 4": dict(candidates=16, anchors=8, batch=4),
+    "candidates": {"K 8, P 8": dict(candidates=8, anchors=4, batch=8),
+                   "K 16, P 4": dict(candidates=16, anchors=8, batch=4),
                    "K 64, P 1": dict(candidates=64, anchors=32, batch=1)},  # the same number of pictures a step
     "anchors": {f"m {m}": dict(anchors=m) for m in (1, 4, 8)},
     "kernel": {k: dict(kernel=k) for k in ("rbf", "cosine")},
@@ -673,12 +724,14 @@ ABLATIONS = {  # name: {label: settings that differ from the preset of the toy};
     "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
     "field": {"released field": dict(field="released"), "released field and radii": _AUTHORS,
-              "the same, K 24, m 8, P 32, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=32, lr=1e-4, steps=25)},
+              "the same, K 24, m 8, P 32, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=32, lr=1e-4,
+                                                                    warmup=0, lr_schedule="constant", steps=25)},
     "noise": {"reward noise 0.5": dict(reward=f"{_FILE}:scene_noise_half"),
               "reward noise 1": dict(reward=f"{_FILE}:scene_noise_one")},
     "binary": {"binary reward": dict(reward=f"{_FILE}:scene_binary")},
     "rewards": {"reward jpeg": dict(reward="jpeg"), "reward incompressibility": dict(reward="incompressibility")},
-    "alternatives": {"best-of-K distillation": dict(method="best-of-K", anchors=1), "pairwise regression": dict(method="pairwise")},
+    "alternatives": {"best-of-K distillation": dict(method="best-of-K", anchors=1),
+                     "pairwise regression": dict(method="pairwise")},
 }
 ABLATIONS["all"] = {label: settings for table in list(ABLATIONS.values()) for label, settings in table.items()}
 
@@ -777,10 +830,12 @@ def ablation_table(done, variants):
 
 # public configurations of the two models
 _UNET = dict(sample_size=64, use_linear_projection=True, layers_per_block=2)
-_SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", steps_offset=1)
+_SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing",
+                  steps_offset=1)
 ARCHITECTURES = {
     "sd-turbo": dict(
-        unet=dict(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024),
+        unet=dict(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
+                  cross_attention_dim=1024),
         text=[dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096,
                    hidden_act="gelu")],
         scaling_factor=0.18215),
@@ -804,13 +859,14 @@ def random_pipeline(name, device="cpu", dtype=torch.float32, vae=None, **overrid
     import diffusers
     import transformers
     arch = {**ARCHITECTURES[name], **override}
-    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-               up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512, scaling_factor=arch["scaling_factor"]) | (vae or {})
+    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+               down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+               scaling_factor=arch["scaling_factor"]) | (vae or {})
     tokenizer = _character_tokenizer(transformers)
     with torch.device(device), _default_dtype(dtype):
         unet = diffusers.UNet2DConditionModel(**_UNET | arch["unet"])
         vae = diffusers.AutoencoderKL(**vae)
-        encoders = [transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel for i in range(len(arch["text"]))]
+        encoders = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
         texts = [cls(transformers.CLIPTextConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **kw))
                  for cls, kw in zip(encoders, arch["text"])]
     parts = dict(unet=unet, vae=vae, text_encoder=texts[0], tokenizer=tokenizer)
@@ -891,10 +947,11 @@ class Bench:
 def run_bench(spec, **kw):
     """`NAME` or `NAME:item,item` -> its rows, after a table and one line of JSON; kw as in `Bench`."""
     name, _, items = spec.partition(":")
-    bench = Bench(**kw)
+    from drpo import pick
+    work, bench = pick("benchmark", name, BENCHES), Bench(**kw)
     if bench.cuda:
         print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    BENCHES[name](bench, [item for item in items.split(",") if item])
+    work(bench, [item for item in items.split(",") if item])
     print(bench_table(bench.rows))
     device = torch.cuda.get_device_name() if bench.cuda else "cpu"
     print(json.dumps({"bench": spec, "device": device, "torch": torch.__version__, "rows": bench.rows}), flush=True)
@@ -1102,15 +1159,19 @@ def bench_pickscore(bench, _):
 
 
 class FixedScores:
-    """Stands for a reward: the same scores, whatever the pictures."""
+    """Stands for a reward: each prompt of a step has scores of its own, whatever the pictures."""
+    at = 0
 
     def __call__(self, images, prompts):
         pass
 
     def finish(self, P, K):
-        return torch.rand(P, K, generator=torch.Generator().manual_seed(0))
+        self.at += P
+        seeds = [torch.Generator().manual_seed(i) for i in range(self.at - P, self.at)]
+        return torch.stack([torch.rand(K, generator=g) for g in seeds])
 
     def logged(self):
+        self.at = 0
         return {}
 
 

@@ -32,8 +32,8 @@ Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PA
 trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or OPENAI_API_KEY (bearer token of the judge).
 """
 
-import argparse, base64, binascii, difflib, hashlib, hmac, http.client, importlib.util, inspect, io, itertools, json, math, numbers, os
-import queue, re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
+import argparse, base64, binascii, difflib, hashlib, hmac, http.client, importlib.util, inspect, io, itertools, json
+import math, numbers, os, queue, re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -234,7 +234,7 @@ def to_pil(images):
 # in training: chunk by chunk, in time
 
 class Scorer:
-    """Collects the scores of a step, chunk by chunk: of the reward that ranks, and of the watched ones that never do."""
+    """Collects the scores of a step, chunk by chunk: of the reward that ranks and of the watched ones."""
 
     def __init__(self, reward, watched=(), timeout=600.0):
         self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
@@ -260,8 +260,9 @@ class Scorer:
 
     def logged(self):
         """Means of the parts of a combined reward and of the watched rewards, {name: float}; ends the step."""
-        means = {f"part/{k}": float(torch.cat(v).double().nanmean()) for k, v in self.parts.items() if len(self.parts) > 1}
-        means |= {f"watch/{k}": float(torch.cat(v).double().nanmean()) for k, v in self.watch.items()}
+        parts = self.parts if len(self.parts) > 1 else {}
+        kept = {f"part/{k}": v for k, v in parts.items()} | {f"watch/{k}": v for k, v in self.watch.items()}
+        means = {k: float(torch.cat(v).double().nanmean()) for k, v in kept.items()}
         self.reset()
         return means
 
@@ -384,15 +385,18 @@ def takes_tensors(score, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts, and pairs that somebody judged beforehand
 
-ANIMALS = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle " \
-    "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama " \
-    "camel bat gorilla hedgehog kangaroo"
+ANIMALS = """
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle
+    ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey
+    fly llama camel bat gorilla hedgehog kangaroo"""
+TOY = Path(__file__).resolve().parent / "toy"
 PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
 PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
     "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
     "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
-    "scenes": Path(__file__).resolve().parent / "toy" / "captions_train.txt", "scenes-test": Path(__file__).resolve().parent / "toy" / "captions_heldout.txt",
-    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing the dishes")]}
+    "scenes": TOY / "captions_train.txt", "scenes-test": TOY / "captions_heldout.txt",
+    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing dishes")],
+}
 
 
 def load_prompts(spec):
@@ -427,7 +431,7 @@ def json_line(path, n, line, **kinds):
 
 
 def load_pairs(path, anywhere=False):
-    """Offline pairs -> list of (prompt, [chosen files], [rejected files]); the files lie in the folder of the .jsonl."""
+    """Offline pairs -> list of (prompt, [chosen files], [rejected files]), all in the folder of the .jsonl."""
     path, out = Path(path), []
     if not path.is_file():
         raise UserError(f"pairs {path}: no such file; expected a .jsonl with prompt, chosen, rejected")

@@ -119,6 +119,7 @@ PRESETS = {
                        lr_schedule="constant", warmup=0),
 }
 MODELS = {"toy": str(HERE / "toy"), "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
+LICENCES = {"toy": "Apache-2.0", "sd-turbo": "Stability AI Community", "sdxl-turbo": "Stability AI, see its model card"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ===== 1. The field. Pure mathematics in float32, torch only: this section, cut out of the file, runs alone.
@@ -366,7 +367,7 @@ def latent_mae(G, path=None, random_init=False):
     """Factory of the `latent-mae` features: see `LatentMAE`."""
     with torch.device(G.device):
         net = LatentMAE() if random_init else LatentMAE.load(path or fetch(LatentMAE.URL, LatentMAE.SHA256))
-    net = frozen(net.to(G.device, G.dtype))
+    net = net.to(G.device, G.dtype).eval().requires_grad_(False)
     G.compiled(net)
 
     def phi(x, condition):
@@ -400,7 +401,9 @@ def unet_features(G, path=None, random_init=False):
 
     def phi(x, condition):
         unet, hidden = G.reference_unet, []
-        with contextlib.ExitStack() as hooks, G.reference():
+        # a compiled graph may not see the hooks
+        eager = torch.compiler.set_stance("force_eager") if G.compile else contextlib.nullcontext()
+        with contextlib.ExitStack() as hooks, G.reference(), eager:
             for block in (unet.down_blocks[min(2, len(unet.down_blocks) - 1)], unet.mid_block, unet.up_blocks[0]):
                 keep = lambda module, args, out: hidden.append(out[0] if isinstance(out, tuple) else out)
                 hooks.callback(block.register_forward_hook(keep).remove)
@@ -419,7 +422,7 @@ def vit_features(repo, cls_name, side):
         cls = getattr(transformers, cls_name)
         net = cls(cls.config_class(image_size=side)) if random_init else from_hub(cls.from_pretrained, path or repo)
         net.config.mask_ratio, n = 0.0, (224 // net.config.patch_size) ** 2
-        net = frozen(net.to(G.device, G.dtype))
+        net = net.to(G.device, G.dtype).eval().requires_grad_(False)
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)[..., None, None]
 
         def phi(x, condition):
@@ -433,13 +436,11 @@ def vit_features(repo, cls_name, side):
 
     return factory
 
-def latent_features(G, path=None, random_init=False):
-    """`latent`: the latent itself, flattened: one map. Kept because it fails (paper: 20.52 against 23.5 PickScore)."""
-    return lambda x, condition: [x.float().flatten(1)[:, None]]
-
 PHI = {"latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
        "mae": vit_features("facebook/vit-mae-base", "ViTMAEModel", 224),
-       "dino": vit_features("facebook/dinov2-base", "Dinov2Model", 518), "latent": latent_features}
+       "dino": vit_features("facebook/dinov2-base", "Dinov2Model", 518),
+       # the latent itself: kept because it fails (paper: PickScore 20.52 against 23.5)
+       "latent": lambda G, path=None, random_init=False: lambda x, condition: [x.float().flatten(1)[:, None]]}
 
 def load_features(spec, G, random_init=False):
     """'vae' or 'latent-mae@file,vae' -> phi(x (B, 4, h, w), condition) -> list of maps (B, T, D), float32."""
@@ -448,9 +449,6 @@ def load_features(spec, G, random_init=False):
         name, _, path = item.strip().partition("@")
         parts.append(pick("feature", name, PHI)(G, path or None, random_init))
     return lambda x, condition: [z for phi in parts for z in phi(x, condition)]
-
-def frozen(net):  # eval mode, no gradient to its weights
-    return net.eval().requires_grad_(False)
 
 # ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same, the LoRA off.
 
@@ -480,7 +478,7 @@ class Generator:
         self.pipe, self.device, self.dtype, self.name, self.compile = pipe, torch.device(device), dtype, name, compile
         self.unet, self.vae, self.xl = pipe.unet, pipe.vae, hasattr(pipe, "text_encoder_2")
         for net in (pipe.unet, pipe.vae, pipe.text_encoder, *([pipe.text_encoder_2] if self.xl else [])):
-            frozen(net.to(self.device, dtype))
+            net.to(self.device, dtype).eval().requires_grad_(False)
         # sigma = 14.6 multiplies the rounding error of the last layers, so in half precision they stay in float32
         self.unet.conv_norm_out.float().register_forward_pre_hook(lambda module, x: (x[0].float(),))
         self.unet.conv_out.float()
@@ -495,13 +493,14 @@ class Generator:
             repo = "madebyollin/taesdxl" if self.xl else "madebyollin/taesd"
             random = name.startswith("random")
             self.ranker = AutoencoderTiny() if random else from_hub(AutoencoderTiny.from_pretrained, repo)
-            frozen(self.ranker.to(self.device, dtype))
+            self.ranker.to(self.device, dtype).eval().requires_grad_(False)
         pipe.scheduler.set_timesteps(1)  # one step: x = x_T - sigma eps, all of it derived from the scheduler's config
         self.sigma, self.t = float(pipe.scheduler.sigmas[0]), pipe.scheduler.timesteps[0].to(self.device)
         self.init, self.prediction = float(pipe.scheduler.init_noise_sigma), pipe.scheduler.config.prediction_type
         side = self.unet.config.sample_size
         self.noise_shape, self.picture_side = (self.unet.config.in_channels, side, side), side * pipe.vae_scale_factor
         self.switch, self.lora, self.reference_unet, self.autocast = {"on": True}, {}, self.unet, False
+        self.revision = "".join(re.findall("snapshots/(\\w+)", str(pipe.unet.config.get("_name_or_path")))) or "local"
         self.loss_scale = 2.0**14 if dtype == torch.float16 else 1.0  # small gradients vanish in fp16
         self.compiled(self.unet)
         self.compiled(self.ranker.decoder)
@@ -607,7 +606,8 @@ class Generator:
         """Write the LoRA: diffusers format for pipe.load_lora_weights(folder), kohya format for A1111, ComfyUI, Forge.
         diffusers takes alpha = rank for granted, so there B carries alpha / r; kohya's file has alpha as a tensor."""
         from safetensors.torch import save
-        meta = {"format": "pt", "base_model": self.name, "lora_alpha": str(self.alpha), **(metadata or {})}
+        meta = {"format": "pt", "base_model": self.name, "lora_alpha": str(self.alpha), "base_revision": self.revision,
+                "base_licence": LICENCES.get(self.name, "see the base model"), **(metadata or {})}
         state = {"diffusers": {}, "kohya": {}}
         for name, m in self.lora.items():
             A, B, key = m.A.detach().cpu(), m.B.detach().cpu(), "lora_unet_" + name.replace(".", "_")
@@ -735,9 +735,8 @@ def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pai
     (A) sample, decode, score, features. (B) rank, field, targets. (C) the loss and its gradient. Where the p K images
     are more than micro, A runs without gradient and C samples once more, chunk by chunk: the targets z* are detached,
     so once they are known the loss is a sum over samples."""
-    (p, K), e = noise.shape[:2], noise.flatten(0, 1)  # (p K, 4, h, w)
-    owner = torch.arange(p, device=G.device).repeat_interleave(K)  # (p K,): the prompt of each image
-    whole, n = p * K <= micro, p * K
+    (p, K), n, e = noise.shape[:2], noise.shape[:2].numel(), noise.flatten(0, 1)  # e (n = p K, 4, h, w)
+    owner, whole = torch.arange(p, device=G.device).repeat_interleave(K), n <= micro  # owner: the prompt of each image
     chunks = lambda size: [slice(a, a + size) for a in range(0, n, size)]
 
     def generate(i):  # with gradient or without, as the caller says
@@ -782,10 +781,10 @@ def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pai
             part = sum(regression_loss(h, [(t[i], w[owner[i]]) for t, w in term]) for h, term in zip(z, terms))
             (part * G.loss_scale).backward()
             loss, z = loss + part.detach(), None  # the graph goes before the next one comes
-    rms_pref, rms_ref = torch.stack(rms).mean(0)  # (p, R): mean over maps
     within = torch.stack([mean_distance(distances(t, t)).flatten() for t in (x, x_ref)], -1)  # (p, 2)
-    return {"loss": loss, "within": within, "distance": (x - x_ref).square().mean((1, 2)).sqrt(), "rms_pref": rms_pref,
-            "rms_ref": rms_ref} | (score_figures(scores, *(mask.cpu() for mask in masks)) if score else {})
+    figures = dict(zip(("rms_pref", "rms_ref"), torch.stack(rms).mean(0)))  # (p, R) each: mean over maps
+    return figures | {"loss": loss, "within": within, "distance": (x - x_ref).square().mean((1, 2)).sqrt()} | (
+        score_figures(scores, *(mask.cpu() for mask in masks)) if score else {})
 
 def score_figures(s, positive, negative):
     """Of scores (p, K), per prompt: mean, best, worst, standard deviation, gap between the anchors, and whether there
@@ -890,11 +889,11 @@ def check(cfg):
         pick("feature", item.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
-    at_least = dict.fromkeys("steps batch candidates anchors lora_rank save_every log_every watch_every".split(), 1)
-    at_least |= dict.fromkeys("lr weight_decay lambda_ref eta clip lora_alpha warmup".split(), 0) | dict(reward_timeout=0.1)
+    least = dict.fromkeys("steps batch candidates anchors lora_rank save_every log_every watch_every".split(), 1)
+    least |= dict.fromkeys("lr weight_decay lambda_ref eta clip lora_alpha warmup".split(), 0) | {"reward_timeout": 0.1}
     out, overlap = Path(cfg.out or HERE), not cfg.pairs and 2 * cfg.anchors > cfg.candidates
     for name, wrong, expected in (
-            *((name, not low <= getattr(cfg, name) < math.inf, f"at least {low}") for name, low in at_least.items()),
+            *((name, not low <= getattr(cfg, name) < math.inf, f"at least {low}") for name, low in least.items()),
             ("anchors", overlap, f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
             ("radii", not cfg.radii or not all(0 < r < math.inf for r in cfg.radii), "positive numbers, as 0.2,0.5,1"),
             ("micro_batch", not re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)), "auto or a number of images"),
@@ -1068,15 +1067,14 @@ def open_run(T):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from e
-    path, board = out / "metrics.jsonl", None
-    if cfg.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out)
+    path = out / "metrics.jsonl"
+    board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out) if cfg.tensorboard else None
     if cfg.resume and path.exists():
         T.metrics = [json.loads(line) for line in path.read_text().splitlines()[:T.step]]
         write_atomic(path, "".join(json.dumps(m) + "\n" for m in T.metrics).encode())
     versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    ask = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    git = shutil.which("git") and subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     config = {**settings(cfg), "versions": versions, "git": git or None, "command": sys.argv}
     write_atomic(out / "config.json", json.dumps(config, indent=1).encode())
     if not cfg.resume:
@@ -1175,11 +1173,11 @@ def parse(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), **kw)
     parser.add_argument("--merge", nargs=2, metavar=("RUN", "OUT"), help="write a pipeline with the LoRA folded in")
     given = vars(parser.parse_args(argv))
-    if given.get("merge"):
-        return given["merge"]
-    del given["merge"]
+    if run_and_out := given.pop("merge"):
+        return run_and_out
     if "resume" not in given:
-        return Config(**{**PRESETS[layout(given.get("model", Config.model))], **given})
+        no_download = dict(reward="pickscore@random", prompts="animals") if given.get("random_init") else {}
+        return Config(**PRESETS[layout(given.get("model", Config.model))] | no_download | given)
     saved = read_run(given["resume"])
     saved = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
     return Config(**saved | {"change": False} | given)

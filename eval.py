@@ -241,7 +241,8 @@ def preview(T, out):
     G, n, pictures = T.G, min(8, len(T.prompts)), []
     prompts = [T.prompts[i * len(T.prompts) // n] for i in range(n)]
     noise = [drpo.prompt_noise(T.cfg.seed, -1 - i, (1, *G.noise_shape)).to(G.device) for i in range(n)]
-    with torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager") if G.compile else contextlib.nullcontext()
+    with torch.no_grad(), eager:
         condition = G.encode(prompts)
         for context in (G.reference(), contextlib.nullcontext()):
             with context:
@@ -724,8 +725,8 @@ ABLATIONS = {  # name: {label: settings that differ from the preset of the toy};
     "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
     "field": {"released field": dict(field="released"), "released field and radii": _AUTHORS,
-              "the same, K 24, m 8, P 32, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=32, lr=1e-4,
-                                                                    warmup=0, lr_schedule="constant", steps=25)},
+              "the same, K 24, m 8, P 8, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=8, lr=1e-4, steps=50,
+                                                                   warmup=0, lr_schedule="constant")},
     "noise": {"reward noise 0.5": dict(reward=f"{_FILE}:scene_noise_half"),
               "reward noise 1": dict(reward=f"{_FILE}:scene_noise_one")},
     "binary": {"binary reward": dict(reward=f"{_FILE}:scene_binary")},
@@ -767,7 +768,8 @@ def ablate(args):
     """Every variant of one table with every seed, args.jobs at a time, each in a process of its own; results.json grows
     as they arrive. The same command again goes on where it was stopped."""
     import drpo
-    variants, seeds = drpo.pick("ablation", args.ablate, ABLATIONS), [int(s) for s in args.seeds.split(",")]
+    names, seeds = args.ablate.split(","), [int(s) for s in args.seeds.split(",")]
+    variants = {label: kw for name in names for label, kw in drpo.pick("ablation", name, ABLATIONS).items()}
     waiting, running, done = [], {}, []
     for seed in seeds:
         for label, settings in variants.items():
@@ -1377,7 +1379,8 @@ def parse(argv):
     p.add_argument("--device", default=cuda, help=f"[{cuda}]")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     p.add_argument("--any-base", action="store_true", help="accept a LoRA whose file names another base")
-    p.add_argument("--ablate", default="", metavar="NAME", help=f"train and compare on the toy: {', '.join(ABLATIONS)}")
+    p.add_argument("--ablate", default="", metavar="NAME,...",
+                   help=f"train and compare on the toy: {', '.join(ABLATIONS)}")
     p.add_argument("--seeds", default="0", help="seeds of an ablation, comma-separated [0]")
     p.add_argument("--steps", type=int, default=0, help="steps of an ablation; default: the toy's")
     p.add_argument("--jobs", type=int, default=1, help="processes of an ablation at once [1]")

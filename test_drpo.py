@@ -1,7 +1,7 @@
 """Tests: values against independent computations (float64 loops, autograd, diffusers, peft), bad input, faults.
 
-    pip install pytest peft
-    python -m pytest -q test_drpo.py
+    pip install pytest pytest-xdist peft
+    python -m pytest -q -n 2 test_drpo.py
 """
 import base64
 import contextlib
@@ -1114,7 +1114,7 @@ def test_score_figures_values():
 def test_no_gradient_reaches_reference_reward_or_networks(_dp_tuned):
     G, params = _dp_tuned
     _, _, score = _dp_gradient(G, params, "vae,unet", 4)
-    assert len(score.seen) == 3
+    assert len(score.seen) == 2  # a prompt at a time: 6 images without gradient, then chunks with it
     trainable = {id(p) for p in params}
     for net in (G.unet, G.vae, G.pipe.text_encoder):
         for p in net.parameters():
@@ -2067,7 +2067,7 @@ def test_commands_of_the_readme_parse(monkeypatch):
 # 7. The toy.
 # ======================================================================================================================
 
-TOY_STEPS, TOY_GAIN = 60, 0.03
+TOY_STEPS, TOY_GAIN = 50, 0.05
 
 
 def _dp_toy_score(G, captions, scene):
@@ -2082,9 +2082,9 @@ def _dp_toy_score(G, captions, scene):
 
 
 def test_the_toy_improves(tmp_path):
-    """A short run with the defaults but --steps: held-out captions are followed better than by the base."""
-    done = subprocess.run([sys.executable, str(HERE / "drpo.py"), "--model", "toy", "--steps", str(TOY_STEPS), "--preview-every", "0",
-                           "--device", "cpu", "--out", str(tmp_path / "run")], capture_output=True, text=True,
+    """A short run without warm-up: held-out captions are followed better than by the base."""
+    done = subprocess.run([sys.executable, str(HERE / "drpo.py"), "--model", "toy", "--steps", str(TOY_STEPS),
+                           "--warmup", "0", "--radii", "0.2,0.5,1", "--preview-every", "0", "--device", "cpu", "--out", str(tmp_path / "run")], capture_output=True, text=True,
                           env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     assert done.returncode == 0, done.stderr
     captions = drpo.load_prompts("scenes-test")
@@ -2888,6 +2888,8 @@ def test_reward_geneval_detector(tmp_path, monkeypatch):
                                encoder_feedforward_dim=32, num_attention_heads=4, num_labels=80)
     torch.manual_seed(0)
     whole = library.Mask2FormerForUniversalSegmentation(config).eval()
+    for parameter in whole.parameters():  # some would be left as memory was found
+        torch.nn.init.normal_(parameter, std=0.05)
     whole.save_pretrained(tmp_path)
     detector = rewards.Detector(str(tmp_path), "cpu")
     pixels = torch.randn(2, 3, 96, 128)

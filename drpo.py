@@ -1156,6 +1156,7 @@ def merge(run, out):
 # ===== 7. The command line, made from Config.
 
 class Parser(argparse.ArgumentParser):
+    """One line for what is wrong with the command line."""
     def error(self, message):
         raise UserError(f"{message} (python drpo.py --help lists the settings)")
 

@@ -665,10 +665,12 @@ def noisy_scene(images, prompts, factor):
 
 
 def scene_noise_half(images, prompts):
+    """`scene` plus noise of half its spread within a prompt."""
     return noisy_scene(images, prompts, 0.5)
 
 
 def scene_noise_one(images, prompts):
+    """`scene` plus noise as large as its spread within a prompt."""
     return noisy_scene(images, prompts, 1.0)
 
 

@@ -1027,16 +1027,16 @@ def count_tflop(T, micro=None):
     """{phase: TFLOP} of an update, counted apart from the timing and not compiled (that would hide operations): with
     micro in the chunks of the run; without, the work alone: some candidates in one chunk, scaled up."""
     import drpo
-    P, K, timer, in_time = T.cfg.batch, T.cfg.candidates, FlopTimer(), drpo.in_time
+    P, K, timer, in_time = T.cfg.batch, T.cfg.candidates, FlopTimer(), rewards.in_time
     p, k = (P, K) if micro else (1, min(K, 8))
     noise = torch.stack([drpo.prompt_noise(0, i, (k, *T.G.noise_shape)) for i in range(p)])
     cfg = dataclasses.replace(T.cfg, anchors=min(T.cfg.anchors, k // 2))
-    drpo.in_time = lambda call, *_: call()  # the counter sees only its own thread
+    rewards.in_time = lambda call, *_: call()  # the counter sees only its own thread
     try:
         with torch.compiler.set_stance("force_eager"):
             drpo.drpo_gradient(T.G, T.phi, T.prompts[:p], noise, cfg, micro or p * k, score=T.scorer, timer=timer)
     finally:
-        drpo.in_time = in_time
+        rewards.in_time = in_time
         T.optimizer.zero_grad()
     return {phase: n * P * K / (p * k) for phase, n in timer.tflop.items()}
 

@@ -3641,3 +3641,21 @@ def test_eval_ablation_goes_on_with_what_is_there(tmp_path, capsys):
                             "--out", tmp_path)
     assert code == 0 and len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(E.ABLATIONS["kernel"])
     assert "60.0% ± 14.1%" in out and "base: 40.0% right" in out
+
+
+def test_eval_profile_counts_the_work(_dp_models, capsys):
+    """Decoding costs the same in chunks and whole; sampling once more with gradient costs half as much again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        T = drpo.Trainer(drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals", batch=2, candidates=4,
+                                     anchors=2, device="cpu", micro_batch="8"))
+        whole, chunks = E.count_tflop(T, 8), E.count_tflop(T, 2)
+        assert whole["decode"] > 0 and chunks["decode"] == pytest.approx(whole["decode"])
+        assert E.count_tflop(T, 4)["sample"] == pytest.approx(whole["sample"])  # micro = K: nothing is computed twice
+        assert 1.4 < chunks["sample"] / whole["sample"] < 1.6  # tuned and base, and tuned again
+        E.profile(T)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out = capsys.readouterr().out
+    assert all(phase in out for phase in ("sample", "decode", "backward", "update", "TFLOP"))

@@ -108,7 +108,7 @@ class Config:
     tensorboard: bool = opt(False, "also write TensorBoard event files (needs the package tensorboard)")
     random_init: bool = opt(False, "random weights of the architecture, no download: to measure time and memory")
 
-# The authors' recipes (paper section 5 and their scripts), for one GPU: theirs ran on 4 and on 4-8.
+# The authors' recipes (arXiv 2606.02521 and its repository), for one GPU: theirs ran on 4 and on 4-8.
 PRESETS = {
     "toy": {},
     "sd-turbo": dict(reward="pickscore", prompts="pickapic", steps=1000, batch=8, candidates=24, anchors=8,
@@ -137,7 +137,7 @@ def mean_distance(d, mask=None):
     return torch.where(s > 0, s, 1.0).detach()
 
 def log_kernel(z, a, d, tau, radius, kernel):
-    """log k(z_i, a_j): (..., N, M). d = distances(z, a), tau = radius * s (paper section 3; cosine has no s)."""
+    """log k(z_i, a_j): (..., N, M). d = distances(z, a), tau = radius * s (cosine has no s)."""
     if kernel == "cosine":
         return F.normalize(z, dim=-1) @ F.normalize(a, dim=-1).mT / radius
     return -((d / tau) ** 2) / 2 if kernel == "rbf" else -d / tau  # "laplacian", alias "exponential"
@@ -176,7 +176,7 @@ def _both(positive, negative, masks):
     return torch.cat([positive, negative], -2).float(), sign * mask, mask
 
 def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
-    """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)] (paper section 3, gamma = 1): (..., N, D), (..., M, D) x2 -> (..., N).
+    """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)] (the paper's dipole, gamma = 1): (..., N, D), (..., M, D) x2 -> (..., N).
     exp(E) is the dipole reward; `dipole_field` is the gradient of E, up to its normalisation."""
     z, (a, sign, _) = z.float(), _both(positive, negative, None)
     d = distances(z, a)
@@ -195,7 +195,7 @@ def dipole_field(z, positive, negative, *, radii, kernel="laplacian", masks=None
 
 def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False):
     """V_ref(z) = mu_R(z) - mu_Z(z), mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean-shift estimate of
-    grad log p_ref - grad log p_theta (paper section 3). A sample never counts itself in mu_Z.
+    grad log p_ref - grad log p_theta (the paper's reference drift). A sample never counts itself in mu_Z.
 
     z (..., N, D), reference (..., M, D) -> (..., N, D), unit RMS per radius, summed; else as `dipole_field`."""
     z, r = z.float(), reference.float()
@@ -318,7 +318,7 @@ class LatentMAE(nn.Module):
     and std over 2x2 and over 4x4 patches of its last stage: six maps.
 
     ModelScope jiangzhou130v1/drpo-mae-latent-256, mae_latent_256_torch.pth (width 256, 340 M parameters); the same
-    as JAX msgpack: HF hub Goodeat/drifting, models/mae/jax/mae_latent_256. Source: the paper's appendix, that file."""
+    as JAX msgpack: HF hub Goodeat/drifting, models/mae/jax/mae_latent_256. Source: that file."""
 
     URL = "https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/resolve/master/mae_latent_256_torch.pth"
     SHA256 = "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1"
@@ -868,8 +868,9 @@ def load_checkpoint(folder):
 
 # ===== 6. A run.
 
+# settings that --resume lets change without --change: they do not alter what an update computes
 FREE = {"steps", "resume", "change", "out", "save_every", "preview_every", "log_every", "micro_batch", "device",
-        "compile", "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}  # after --resume
+        "compile", "profile", "tensorboard", "reward_timeout", "watch", "watch_every", "lora_format"}
 
 class Stop:
     """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
@@ -901,7 +902,7 @@ def check(cfg):
             ("device", "cuda" in cfg.device and not torch.cuda.is_available(), "cpu: torch sees no CUDA device here"),
             ("out", cfg.out and not cfg.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")),
              f"a new folder: this one already holds a run (go on with it: --resume {out})"),
-            ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"), "pip install tensorboard"),
+            ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"), "the package tensorboard"),
             ("out", out.is_file(), "a folder")):
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected {expected}")

@@ -236,7 +236,7 @@ def to_pil(images):
 class Scorer:
     """Collects the scores of a step, chunk by chunk: of the reward that ranks and of the watched ones."""
 
-    def __init__(self, reward, watched=(), timeout=600.0):
+    def __init__(self, reward, watched, timeout):
         self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
         self.reset()
 

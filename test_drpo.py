@@ -2914,9 +2914,8 @@ def test_reward_geneval_detector(tmp_path, monkeypatch):
 # --- served rewards
 
 @contextmanager
-def _rw_serving(reward, **options):
-    """A server in a thread -> it and its URL."""
-    bound = rewards.server(reward, **({"port": 0} | options))
+def _rw_running(bound):
+    """A bound server in a thread -> it and its URL."""
     thread = threading.Thread(target=bound.serve_forever, kwargs={"poll_interval": .01})
     thread.start()
     try:
@@ -2925,6 +2924,14 @@ def _rw_serving(reward, **options):
         bound.shutdown()
         bound.server_close()
         thread.join()
+
+
+@contextmanager
+def _rw_serving(reward, **options):
+    """A server in a thread -> it and its URL."""
+    bound = rewards.server(reward, **({"port": 0} | options))
+    with _rw_running(bound) as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)
@@ -3112,14 +3119,8 @@ class _RwScript(BaseHTTPRequestHandler):
 def _rw_scripted(script, usual=None):
     bound = ThreadingHTTPServer(("127.0.0.1", 0), _RwScript)
     bound.script, bound.usual, bound.requests, bound.lock = script, usual, [], threading.Lock()
-    thread = threading.Thread(target=bound.serve_forever, kwargs={"poll_interval": .01})
-    thread.start()
-    try:
-        yield bound, f"http://127.0.0.1:{bound.server_port}"
-    finally:
-        bound.shutdown()
-        bound.server_close()
-        thread.join()
+    with _rw_running(bound) as served:
+        yield served
 
 
 @pytest.mark.parametrize("answer, says", [

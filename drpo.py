@@ -902,7 +902,7 @@ def check(cfg):
             ("device", "cuda" in cfg.device and not torch.cuda.is_available(), "cpu: torch sees no CUDA device here"),
             ("out", cfg.out and not cfg.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")),
              f"a new folder: this one already holds a run (go on with it: --resume {out})"),
-            ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"), "the package tensorboard"),
+            ("tensorboard", cfg.tensorboard and not importlib.util.find_spec("tensorboard"), "pip install tensorboard"),
             ("out", out.is_file(), "a folder")):
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected {expected}")

@@ -241,8 +241,7 @@ def preview(T, out):
     G, n, pictures = T.G, min(8, len(T.prompts)), []
     prompts = [T.prompts[i * len(T.prompts) // n] for i in range(n)]
     noise = [drpo.prompt_noise(T.cfg.seed, -1 - i, (1, *G.noise_shape)).to(G.device) for i in range(n)]
-    eager = torch.compiler.set_stance("force_eager") if G.compile else contextlib.nullcontext()
-    with torch.no_grad(), eager:
+    with torch.no_grad(), G.eager():
         condition = G.encode(prompts)
         for context in (G.reference(), contextlib.nullcontext()):
             with context:
@@ -682,11 +681,11 @@ def scene_binary(images, prompts):
 def toward(z, z_ref, V_pref, cfg):
     """The dipole objective of drpo.drpo_target with another field V_pref (P, N, D) in the place of the dipole's."""
     import drpo
-    V_pref, rms_pref = drpo.unit_rms(V_pref)
+    V_pref, rms_pref = drpo.unit_sum(V_pref.unsqueeze(-3), return_rms=True)  # one radius
     V_ref, rms_ref = drpo.reference_drift(z, z_ref, radii=cfg.radii, kernel=cfg.kernel, return_rms=True)
     u = drpo.mean_distance(drpo.distances(z, z)) / z.shape[-1]**0.5  # (P, 1, 1)
     z_star = z + cfg.eta * u * (len(cfg.radii) * V_pref + cfg.lambda_ref * V_ref)  # the dipole sums its radii
-    return [(z_star, 0.5 / (z.shape[1] * z.shape[2] * u**2))], rms_pref[:, None].expand(-1, len(cfg.radii)), rms_ref
+    return [(z_star, 0.5 / (z.shape[1] * z.shape[2] * u**2))], rms_pref.expand(-1, len(cfg.radii)), rms_ref
 
 
 def best_of_k_target(z, z_ref, positive, negative, masks, cfg):
@@ -916,7 +915,7 @@ VARIANTS = {  # of the update that is measured: settings beside those of the mod
     "sdxl": dict(model="sdxl-turbo"), "sdxl-compile": dict(model="sdxl-turbo", compile=True),
 }
 TINY = dict(batch=2, candidates=4, anchors=2, features="vae", reward="incompressibility")  # with a folder for a model
-MICRO = {"sd-turbo": (48, 24, 16, 8, 4, 2, 1, "auto"), "sdxl-turbo": (32, 16, 8, 4, 2, 1, "auto")}
+MICRO = {"sd-turbo": (48, 24, 8, 4, 2), "sdxl-turbo": (16, 4, 2, 1)}
 
 
 class Bench:
@@ -1081,7 +1080,7 @@ def bench_update(bench, variants):
         T.train_step()
         first = {"first_s": time.perf_counter() - began} | ({} if peak else {"command_s": process_seconds()})
         peak = peak or matmul_peak(T.G.device)
-        row, tflop = measure_trainer(T, 7), sum(count_tflop(T).values())
+        row, tflop = measure_trainer(T, 5), sum(count_tflop(T).values())
         return {**row, **first, "tflop": tflop, "peak": peak, "share": tflop / row["s"] / peak}
 
     for name in variants or ("eager", "compile", "taesd", "sdxl"):  # eager@24: at --micro-batch 24
@@ -1111,21 +1110,23 @@ def bench_profile(bench, variants):
 
 
 def bench_memory(bench, models):
-    """Peak memory and seconds by micro-batch: `sd-turbo`, `sdxl-turbo`, or `sd-turbo@4` for one micro-batch."""
+    """Peak memory and seconds of an update by micro-batch: `sd-turbo`, `sdxl-turbo`, or `sd-turbo@4` for one micro-batch.
+    The prompts of an update go through it in groups of micro / K, at least one: one group is measured, and s is its
+    seconds times the number of groups."""
     import drpo
     for name in models or MICRO:
         model, _, only = name.partition("@")
-        T = None
+        T = drpo.Trainer(bench.config(model))
+        cfg = T.cfg
 
         def one(micro):
-            nonlocal T
-            T = T or drpo.Trainer(bench.config(model))
-            most = T.cfg.batch * T.cfg.candidates
-            T.micro = most if micro == "auto" else min(int(micro), most)
-            return measure_trainer(T, 5, 8, phases=False)
+            group = max(1, min(micro // cfg.candidates, cfg.batch))
+            T.cfg, T.micro = dataclasses.replace(cfg, batch=group), micro
+            row = measure_trainer(T, 5, 8, phases=False)
+            return {**row, "s": row["s"] * cfg.batch / group}
 
         for micro in [only] if only else MICRO[model]:
-            bench.cell({"model": model, "--micro-batch": micro}, lambda: one(micro))
+            bench.cell({"model": model, "--micro-batch": int(micro)}, lambda: one(int(micro)))
         T = None
         free(bench.cuda)
 

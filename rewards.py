@@ -318,6 +318,24 @@ def fetch(url, sha256):
     return path
 
 
+def write_atomic(path, data, keep=None):
+    """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils nothing. What was there
+    before stays as `keep`."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({e.strerror}); what was saved before is intact") from e
+
+
 @contextmanager
 def fetching(name, files, repo, path):
     """Turns whatever goes wrong while `files` are loaded into one UserError that says where they come from."""
@@ -449,6 +467,14 @@ def load_pairs(path, anywhere=False):
     if not out:
         raise UserError(f"pairs {path}: empty; expected a line a prompt")
     return out
+
+
+def load_pictures(files, side):
+    """Files of n pictures, resized to side x side -> (n,3,side,side) in [0,1]."""
+    try:
+        return torch.stack([as_tensor(Image.open(f).convert("RGB").resize((side, side), Image.BICUBIC)) for f in files])
+    except OSError as e:
+        raise UserError(f"pairs: {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,9 +775,10 @@ class Clip:
         if len(self.known) + len(new) > 4096:
             self.known, new = {}, list(dict.fromkeys(texts))
         for i in range(0, len(new), 256):
-            tokens = self.tokenize(new[i:i + 256])
-            pooled = self.model.text_model(**{key: value.to(self.model.device) for key, value in tokens.items()
-                                              if key in ("input_ids", "attention_mask")}).pooler_output
+            # padding comes after the token that is pooled, and attention looks back only: no mask is needed. A mask, or a
+            # copy that blocks, would make the host wait for the GPU
+            tokens = self.tokenize(new[i:i + 256])["input_ids"].to(self.model.device, non_blocking=True)
+            pooled = self.model.text_model(input_ids=tokens).pooler_output
             embeds = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
             self.known.update(zip(new[i:i + 256], embeds))
         return torch.stack([self.known[text] for text in texts])

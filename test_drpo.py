@@ -2463,7 +2463,7 @@ def test_reward_texts_are_read_once(tmp_path):
     clip.text(["a dog"])
     assert read == ["a cat", "a dog"] and torch.equal(first[0], first[2])
     clip.model.text_model, inner = torch.nn.Identity(), clip.model.text_model
-    clip.model.text_model.forward = lambda input_ids, attention_mask: types.SimpleNamespace(
+    clip.model.text_model.forward = lambda input_ids: types.SimpleNamespace(
         pooler_output=input_ids[:, :32].float())
     clip.text(many)
     assert len(clip.known) == 4096  # the memory is bounded

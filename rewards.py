@@ -775,7 +775,7 @@ class Clip:
         if len(self.known) + len(new) > 4096:
             self.known, new = {}, list(dict.fromkeys(texts))
         for i in range(0, len(new), 256):
-            # padding comes after the token that is pooled, and attention looks back only: no mask is needed. A mask, or a
+            # padding comes after the token that is pooled, and attention looks back only: no mask is needed. One, or a
             # copy that blocks, would make the host wait for the GPU
             tokens = self.tokenize(new[i:i + 256])["input_ids"].to(self.model.device, non_blocking=True)
             pooled = self.model.text_model(input_ids=tokens).pooler_output

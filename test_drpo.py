@@ -946,6 +946,20 @@ def test_latent_mae_features(form, _dp_models, tmp_path):
             _dp_compare_maps(phi(x, None), want, 1e-4)
 
 
+def test_latent_mae_in_half_precision_keeps_small_gradients(_dp_models, tmp_path):
+    """In fp16 the way back through the network is scaled: a loss of 1e-9 has the gradient of float32, not zero."""
+    torch.save(_dp_mae_state(), tmp_path / "mae.pth")
+    x, gradients = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), {}
+    for dtype in (torch.float32, torch.float16):
+        G = _dp_open(_dp_models / "sd", dtype)
+        leaf = x.clone().requires_grad_()
+        maps = drpo.load_features(f"latent-mae@{tmp_path / 'mae.pth'}", G)(leaf, None)
+        (1e-9 * sum((i + 1) * z.square().sum() + z.sum() for i, z in enumerate(maps)) + 1e-9 * leaf.sum()).backward()
+        gradients[dtype] = leaf.grad.double().flatten() * 1e9
+    want, got = gradients[torch.float32], gradients[torch.float16]
+    assert want.norm() > 1 and (got - want).norm() < 0.1 * want.norm()
+
+
 def test_latent_mae_never_unpickles(_dp_models, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -1038,6 +1052,64 @@ def test_micro_batches_give_the_same_gradient(features, field, _dp_tuned):
         # the reward sees each picture once, with its own prompt
         assert sum((p for _, p in score.seen), []) == [p for p in PROMPTS for _ in range(6)]
         torch.testing.assert_close(torch.cat([x for x, _ in score.seen]), whole.seen[0][0], rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_network_gives_the_same_gradient(_dp_tuned, _dp_models, capsys):
+    (G, params), compiled = _dp_tuned, drpo.load_generator(str(_dp_models / "sd"), compile=True)
+    params, e, gradients = [params, _dp_random_lora(compiled, size=0.1)], _dp_noise(), []
+    for net, weights in zip((G, compiled), params):
+        grads = torch.autograd.grad((net.sample(e, G.encode(PROMPTS)) * e.flip(0)).sum(), weights)
+        gradients.append(torch.cat([g.flatten() for g in grads]))
+    want, got = gradients
+    assert want.norm() > 0 and (got - want).norm() < 1e-4 * want.norm()
+    assert compiled.unet._compiled_call_impl and "--compile" not in capsys.readouterr().err  # it did not fall back
+
+
+def test_what_cannot_be_compiled_goes_on_without(_dp_tuned, _dp_models, capsys, monkeypatch):
+    def broken(*args, **kw):
+        raise RuntimeError("no compiler here\nand a long story")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    G, e = drpo.load_generator(str(_dp_models / "sd"), compile=True), _dp_noise()
+    params = _dp_random_lora(G, size=0.1)
+    want = _dp_sample(_dp_tuned[0], e)
+    for _ in range(2):
+        torch.testing.assert_close(_dp_sample(G, e), want)
+    said = [line for line in capsys.readouterr().err.splitlines() if "--compile" in line]
+    assert len(said) == 1 and "no compiler here" in said[0] and said[0].endswith("going on without")
+    assert G.unet._compiled_call_impl is None and params
+
+
+def test_out_of_memory_halves_the_micro_batch(_dp_models, capsys, monkeypatch):
+    """The step begins again and computes the same; with --compile sizes are tried without compiling."""
+    torch.manual_seed(0)
+    cfg = dict(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals", batch=2, candidates=6, anchors=2)
+    whole, T = drpo.Trainer(drpo.Config(**cfg, micro_batch="1")), drpo.Trainer(drpo.Config(**cfg))
+    gradient, seen = drpo.drpo_gradient, []
+
+    def small_memory(G, phi, prompts, noise, cfg, micro, **kw):
+        seen.append((micro, eager.on))
+        if micro > 4:
+            gradient(G, phi, prompts, noise, cfg, 1, **kw)  # what a failed attempt leaves behind must not count
+            raise torch.OutOfMemoryError
+        return gradient(G, phi, prompts, noise, cfg, micro, **kw)
+
+    @contextmanager
+    def eager():
+        eager.on = True
+        yield
+        eager.on = False
+
+    eager.on = False
+    monkeypatch.setattr(T.G, "eager", eager)
+    monkeypatch.setattr(drpo, "drpo_gradient", small_memory)
+    figures = [T.train_step() for _ in range(2)]
+    assert seen == [(12, True), (6, True), (3, True), (3, False)] and T.micro == 3
+    err = capsys.readouterr().err
+    assert err.count("out of GPU memory") == 2 and "--micro-batch 6" in err and "--micro-batch 3" in err
+    monkeypatch.setattr(drpo, "drpo_gradient", gradient)
+    for m in figures:
+        want = whole.train_step()
+        assert m["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3) and m["reward_mean"] == pytest.approx(want["reward_mean"])
 
 
 def test_gradient_is_the_equations(_dp_tuned):

@@ -796,8 +796,8 @@ def prompt_gradient(G, phi, prompts, noise, condition, cfg, micro, P, score, pai
 
     loss = torch.zeros(1, device=G.device)
     for i in chunks(n if whole else divisor(n, micro)):  # (C)
-        if not whole:
-            _, z = generate(i)
+        if not whole:  # values of (A), to which the targets belong, with a gradient: other chunks round otherwise
+            z = [h_A.flatten(0, 1)[i] + (h - h.detach()) for h_A, h in zip(z_all, generate(i)[1])]
         with timer("backward"):
             part = sum(regression_loss(h, [(t[i], w[owner[i]]) for t, w in term]) for h, term in zip(z, terms))
             (part * G.loss_scale).backward()

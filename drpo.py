@@ -31,7 +31,7 @@ Where this differs from the authors' released code (`--field released` is its ar
  6. ViT-MAE sees every patch, in order; there, 75% are masked at random even in evaluation.
  7. Anchors are gathered from the candidates; there, their pictures are decoded and encoded a second time.
  8. Distances are sums of squared differences in float32; there, of products, which loses digits near zero.
- 9. bf16 with float32 last layers and LoRA, instead of fp16 autocast; no gradient checkpointing: micro-batches instead.
+ 9. bf16 with float32 last layers and LoRA and fp16 latent-MAE, not fp16 autocast; micro-batches, not checkpointing.
 10. The noise of a prompt depends on the seed and its position alone: not on the micro-batch, the device, or the GPUs.
 """
 import argparse, contextlib, hashlib, importlib.util, io, json, logging, math, os, random, re, shutil, signal
@@ -73,7 +73,7 @@ class Config:
     steps: int = opt(200, "optimizer steps")
     batch: int = opt(2, "prompts a step (P), on each GPU")
     candidates: int = opt(32, "images a prompt (K)")
-    anchors: int = opt(16, "best and worst taken as anchors (m), at most half of the candidates")
+    anchors: int = opt(8, "best and worst taken as anchors (m), at most half of the candidates")
     features: str = opt("vae", f"feature maps phi, comma-separated: {', '.join(FEATURES)}; name@file for a local copy")
     feature_reduction: str = opt("sum", "how the losses of several maps are joined", choices=("sum", "mean"))
     field: str = opt("dipole", "dipole: the paper's equations; released: the authors' code", choices=FIELDS)

@@ -716,10 +716,10 @@ _AUTHORS = dict(field="released", radii=(0.02, 0.05, 0.2))
 ABLATIONS = {  # name: {label: settings that differ from the preset of the toy}; "method" names one of METHODS
     "default": {"default": {}},
     "seeds": {f"seed {s}": dict(seed=s) for s in (1, 2)},
-    "candidates": {"K 8, P 8": dict(candidates=8, anchors=4, batch=8),
-                   "K 16, P 4": dict(candidates=16, anchors=8, batch=4),
-                   "K 64, P 1": dict(candidates=64, anchors=32, batch=1)},  # the same number of pictures a step
-    "anchors": {f"m {m}": dict(anchors=m) for m in (1, 4, 8)},
+    "candidates": {"K 8, P 8": dict(candidates=8, anchors=2, batch=8),
+                   "K 16, P 4": dict(candidates=16, anchors=4, batch=4),
+                   "K 64, P 1": dict(candidates=64, anchors=16, batch=1)},  # the same number of pictures a step
+    "anchors": {f"m {m}": dict(anchors=m) for m in (1, 4, 16)},
     "kernel": {k: dict(kernel=k) for k in ("rbf", "cosine")},
     "radii": {"radii .2 .5 1": dict(radii=(0.2, 0.5, 1.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {f"features {k}": dict(features=k) for k in ("unet", "latent")},

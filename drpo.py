@@ -1,7 +1,7 @@
 """Drifting Preference Optimization (DrPO, arXiv 2606.02521): preference finetuning of one-step text-to-image models.
 
     pip install -r requirements.txt
-    python drpo.py --model toy                                  a laptop, three minutes
+    python drpo.py --model toy                                  a laptop, two minutes
     python drpo.py --model sd-turbo --reward pickscore --watch clip,aesthetic      one CUDA GPU
     python drpo.py --model sdxl-turbo --reward my_file.py:my_reward                any black box that scores pictures
 

@@ -16,7 +16,7 @@ are sampled and a reward S RANKS them; its gradient and its scale are never used
     L(theta) = 1/2 mean_i ||z_i - z_i*||^2                 regression                               `regression_loss`
 
 Symbols: P prompts a step, K candidates, m anchors of each sign, T vectors an image (a map may have several, one a
-patch), N = K T samples of one prompt and map, D features, k kernel, s mean distance, tau = radius s bandwidth,
+patch), N = K T samples of one prompt and map, D features, k kernel, s mean distance, tau = radius s bandwidth, R radii,
 eta step, lambda weight of the drift, sg stop gradient, mu_B mean of the set B weighted by the kernel. Arrays (P, N, D).
 
 Where this differs from the paper
@@ -141,7 +141,7 @@ def bandwidths(radii, s, kernel="laplacian"):
     return torch.stack([r * (torch.ones_like(s) if kernel == "cosine" else s) for r in radii], -3)
 
 def log_kernel(z, a, d, tau, kernel):
-    """log k(z_i, a_j): (..., R, N, M). d = distances(z, a), tau = bandwidths(radii, s)."""
+    """log k(z_i, a_j): (..., R, N, M). d = distances(z, a) (..., N, M), tau = bandwidths(radii, s) (..., R, 1, 1)."""
     if kernel == "cosine":
         return (F.normalize(z, dim=-1) @ F.normalize(a, dim=-1).mT).unsqueeze(-3) / tau
     x = d.unsqueeze(-3) / tau
@@ -373,8 +373,8 @@ class LatentMAE(nn.Module):
         return net
 
 def latent_mae(G, path=None, random_init=False):
-    """Factory of the `latent-mae` features: see `LatentMAE`. On a GPU in fp16 even beside bf16: 16 layers of ReLU leave
-    the gradient of bf16 at a cosine of 0.945 to that of float32, of fp16 at 0.993."""
+    """Factory of the `latent-mae` features: see `LatentMAE`. In fp16 also where the rest is bf16: after 16 blocks of
+    ReLU the gradient of bf16 has a cosine of 0.945 to that of float32, of fp16 0.993 (random weights)."""
     with torch.device(G.device):
         net = LatentMAE() if random_init else LatentMAE.load(path or fetch(LatentMAE.URL, LatentMAE.SHA256))
     dtype = G.dtype if G.dtype == torch.float32 else torch.float16

@@ -1032,7 +1032,7 @@ def count_tflop(T, micro=None):
     cfg = dataclasses.replace(T.cfg, anchors=min(T.cfg.anchors, k // 2))
     rewards.in_time = lambda call, *_: call()  # the counter sees only its own thread
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with T.G.eager():
             drpo.drpo_gradient(T.G, T.phi, T.prompts[:p], noise, cfg, micro or p * k, score=T.scorer, timer=timer)
     finally:
         rewards.in_time = in_time
@@ -1068,8 +1068,9 @@ def process_seconds():
 
 
 def bench_update(bench, variants):
-    """The update of README's table. first_s: from the Trainer to its first update done; command_s: the same from the
-    command on, for the variant that goes first. tflop: the work alone; share = tflop / s / the measured matmul peak."""
+    """The update of README's table. first_s: from the Trainer to its first update done, compiled where asked for;
+    command_s: the same from the command on, for the variant that goes first. tflop: the work alone; share = tflop / s /
+    the measured matmul peak."""
     import drpo
     peak = None
 

@@ -267,25 +267,44 @@ class Scorer:
         return means
 
 
-def in_time(call, seconds, name):
-    """call(), in a thread of its own so that a reward that hangs can be given up."""
-    answer = queue.SimpleQueue()
+class Worker(threading.Thread):
+    """A thread that runs one call after the other. It is kept between them: the attention plans of cuDNN belong to a
+    thread, and making them anew costs some 50 ms."""
 
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.tasks = queue.SimpleQueue()
+        self.start()
 
-    def work():
+    def run(self):
+        while True:
+            self.answer(*self.tasks.get())  # a method of its own: nothing of a call stays in memory after it
+
+    def answer(self, call, device, answers):
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # a fresh thread would be on GPU 0
+                torch.cuda.set_device(device)  # a thread begins on GPU 0
             with torch.no_grad():
-                answer.put((call(), None))
+                answers.put((call(), None))
         except BaseException as e:
-            answer.put((None, e))
+            answers.put((None, e))
 
-    threading.Thread(target=work, daemon=True).start()
+
+worker = None
+
+
+def in_time(call, seconds, name):
+    """call(), in a thread beside, so that a reward that hangs can be given up."""
+    global worker
+    if worker is None or not worker.is_alive():  # a process that was forked has no threads
+        worker = Worker()
+    answers = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    worker.tasks.put((call, device, answers))
     try:
-        value, error = answer.get(timeout=seconds)
+        value, error = answers.get(timeout=seconds)
     except queue.Empty:
+        worker = None  # it hangs: the next call gets another
         raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)") from None
     if error:
         raise error

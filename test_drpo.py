@@ -24,6 +24,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+import weakref
 from contextlib import contextmanager
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1079,7 +1080,46 @@ def test_compiled_network_gives_the_same_gradient(_dp_tuned, _dp_models, capsys)
         gradients.append(torch.cat([g.flatten() for g in grads]))
     want, got = gradients
     assert want.norm() > 0 and (got - want).norm() < 1e-4 * want.norm()
-    assert compiled.unet._compiled_call_impl and "--compile" not in capsys.readouterr().err  # it did not fall back
+    parts = [m for m in compiled.unet.modules() if type(m).__name__ in drpo.COMPILED]
+    assert len(parts) > 4 and all(part._compiled_call_impl for part in parts)
+    assert "--compile" not in capsys.readouterr().err  # it did not fall back
+
+
+@pytest.mark.parametrize("kind", ("sd", "sdxl"))
+def test_channels_last_changes_the_layout_alone(kind, _dp_models):
+    """As on CUDA: the values and gradients of the plain network, and no convolution that is given NCHW."""
+    plain, other = _dp_open(_dp_models / kind), _dp_open(_dp_models / kind)
+    layouts, outputs = [], []
+    for net in (other.unet, other.vae.decoder):
+        drpo.channels_last(net)
+        for name, module in net.named_modules():
+            if isinstance(module, torch.nn.Conv2d) and not name.endswith(("conv_in", "conv_shortcut")):  # of 0.36: NCHW
+                module.register_forward_pre_hook(lambda m, x, name=name: layouts.append(
+                    name if not x[0].is_contiguous(memory_format=torch.channels_last) else ""))
+    for G in (plain, other):
+        params, e = _dp_random_lora(G, size=0.1), _dp_noise()
+        x = G.sample(e, G.encode(PROMPTS))
+        grads = torch.autograd.grad((x * e.flip(0)).sum(), params)
+        outputs.append((x.detach(), G.decode(x.detach()), torch.cat([g.flatten() for g in grads])))
+    for want, got in zip(*outputs):
+        assert want.norm() > 0 and (got - want).norm() < 1e-4 * want.norm()
+    assert len(layouts) > 20 and not any(layouts), sorted(set(layouts))
+
+
+def test_channels_last_group_norm_in_half_precision():
+    """As near to float64 as torch's own GroupNorm, also where the mean is far larger than the deviation."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(4, 32)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 32, 24, 24) + 8 * torch.randn(1, 32, 1, 1)).bfloat16()
+    groups = x.double().reshape(2, 4, -1)
+    exact = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    exact = exact.reshape(x.shape) * norm.bfloat16().weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    error = lambda net: float((net(x).detach() - exact).norm() / exact.norm())
+    plain = error(norm)
+    drpo.channels_last(norm)
+    assert error(torch.compile(norm)) < 1.05 * plain < 0.01  # compiled, all but the result is float32
+    assert error(norm) < 2 * plain
 
 
 def test_what_cannot_be_compiled_goes_on_without(_dp_tuned, _dp_models, capsys, monkeypatch):
@@ -1090,10 +1130,10 @@ def test_what_cannot_be_compiled_goes_on_without(_dp_tuned, _dp_models, capsys, 
     params = _dp_random_lora(G, size=0.1)
     want = _dp_sample(_dp_tuned[0], e)
     for _ in range(2):
-        torch.testing.assert_close(_dp_sample(G, e), want)
+        torch.testing.assert_close(_dp_sample(G, e), want, rtol=1e-4, atol=1e-4)
     said = [line for line in capsys.readouterr().err.splitlines() if "--compile" in line]
     assert len(said) == 1 and "no compiler here" in said[0] and said[0].endswith("going on without")
-    assert G.unet._compiled_call_impl is None and params
+    assert not any(module._compiled_call_impl for module in G.unet.modules()) and params
 
 
 def test_out_of_memory_halves_the_micro_batch(_dp_models, capsys, monkeypatch):
@@ -1126,7 +1166,8 @@ def test_out_of_memory_halves_the_micro_batch(_dp_models, capsys, monkeypatch):
     monkeypatch.setattr(drpo, "drpo_gradient", gradient)
     for m in figures:
         want = whole.train_step()
-        assert m["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3) and m["reward_mean"] == pytest.approx(want["reward_mean"])
+        for key in ("grad_norm", "reward_mean"):  # a byte of a JPEG may turn on rounding
+            assert m[key] == pytest.approx(want[key], rel=1e-3)
 
 
 def test_gradient_is_the_equations(_dp_tuned):
@@ -1718,6 +1759,23 @@ def test_rewards_that_fail_at_step_3(reward, words, _dp_models, _dp_home):
     plain = _DpRun(_dp_argv(_dp_models, "plain"), _dp_home)
     assert run.wait() == 0 and plain.wait() == 0, run.err
     assert _dp_metrics(_dp_home / "run") == _dp_metrics(_dp_home / "plain"), "as if nothing had happened"
+
+
+def test_rewards_run_in_one_thread_until_one_hangs():
+    """What belongs to a thread, as cuDNN's plans do, is made once; nothing of a call is kept after it."""
+    seconds = 30
+    first, second = (rewards.in_time(threading.get_ident, seconds, "r") for _ in range(2))
+    assert first == second != threading.get_ident()
+    with pytest.raises(UserError, match="no answer within 0.05 s"):
+        rewards.in_time(lambda: time.sleep(1), 0.05, "r")
+    assert rewards.in_time(threading.get_ident, seconds, "r") not in (first, threading.get_ident())
+    with pytest.raises(ZeroDivisionError):
+        rewards.in_time(lambda: 1 / 0, seconds, "r")
+    pictures = torch.ones(3)
+    gone = weakref.ref(pictures)
+    assert rewards.in_time(lambda pictures=pictures: pictures.sum(), seconds, "r") == 3
+    del pictures
+    assert gone() is None
 
 
 def test_nan_scores_in_a_run(_dp_models, _dp_home):

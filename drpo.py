@@ -1,7 +1,7 @@
 """Drifting Preference Optimization (DrPO, arXiv 2606.02521): preference finetuning of one-step text-to-image models.
 
     pip install -r requirements.txt
-    python drpo.py --model toy                                  a laptop, two minutes
+    python drpo.py --model toy                                  a laptop, three minutes
     python drpo.py --model sd-turbo --reward pickscore --watch clip,aesthetic      one CUDA GPU
     python drpo.py --model sdxl-turbo --reward my_file.py:my_reward                any black box that scores pictures
 
@@ -70,7 +70,7 @@ class Config:
     prompts: str = opt("scenes", "a text file, a prompt a line; a .jsonl with \"prompt\"; scenes, animals, pickapic")
     pairs: str = opt("", "offline instead of --reward: a .jsonl with prompt, chosen: [files], rejected: [files]")
     pairs_anywhere: bool = opt(False, "files of --pairs may lie outside its folder")
-    steps: int = opt(200, "optimizer steps")
+    steps: int = opt(300, "optimizer steps")
     batch: int = opt(2, "prompts a step (P), on each GPU")
     candidates: int = opt(32, "images a prompt (K)")
     anchors: int = opt(8, "best and worst taken as anchors (m), at most half of the candidates")
@@ -78,12 +78,12 @@ class Config:
     feature_reduction: str = opt("sum", "how the losses of several maps are joined", choices=("sum", "mean"))
     field: str = opt("dipole", "dipole: the paper's equations; released: the authors' code", choices=FIELDS)
     kernel: str = opt("laplacian", "kernel k(z, a)", choices=KERNELS)
-    radii: tuple = opt((0.5, 1.0, 2.0), "kernel bandwidths tau / s, comma-separated")
+    radii: tuple = opt((0.2, 0.5, 1.0), "kernel bandwidths tau / s, comma-separated")
     lambda_ref: float = opt(0.2, "weight of the drift toward the frozen base (lambda)")
     eta: float = opt(1.0, "step of the target: z* = z + eta V")
     lr: float = opt(3e-3, "AdamW learning rate")
     lr_schedule: str = opt("cosine", "cosine: to zero over --steps", choices=("cosine", "constant"))
-    warmup: int = opt(20, "steps over which the learning rate rises from zero: Adam's first steps are large")
+    warmup: int = opt(80, "steps over which the learning rate rises from zero: a fast start can lose right pictures")
     weight_decay: float = opt(0.01, "AdamW weight decay")
     clip: float = opt(1.0, "largest gradient norm")
     lora_rank: int = opt(16, "rank r of the LoRA")

@@ -721,7 +721,7 @@ ABLATIONS = {  # name: {label: settings that differ from the preset of the toy};
                    "K 64, P 1": dict(candidates=64, anchors=16, batch=1)},  # the same number of pictures a step
     "anchors": {f"m {m}": dict(anchors=m) for m in (1, 4, 16)},
     "kernel": {k: dict(kernel=k) for k in ("rbf", "cosine")},
-    "radii": {"radii .2 .5 1": dict(radii=(0.2, 0.5, 1.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
+    "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {f"features {k}": dict(features=k) for k in ("unet", "latent")},
     "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SHAPES = ["circle", "square", "triangle"]
@@ -268,6 +269,9 @@ def train(args):
 
     fit("generator", [unet, text], generator_loss, args.minutes * 0.7, 1.2e-3)
     pipe.to(torch.float16).save_pretrained(out)
+    file = out / "text_encoder" / "model.safetensors"  # transformers 5 drops the prefix that 4 needs
+    weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
     (out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
 
 

@@ -1,7 +1,7 @@
 """Drifting Preference Optimization (DrPO, arXiv 2606.02521): preference finetuning of one-step text-to-image models.
 
     pip install -r requirements.txt
-    python drpo.py --model toy                                  a laptop, three minutes
+    python drpo.py --model toy                                  a laptop, 3.5 minutes
     python drpo.py --model sd-turbo --reward pickscore --watch clip,aesthetic      one CUDA GPU
     python drpo.py --model sdxl-turbo --reward my_file.py:my_reward                any black box that scores pictures
 
@@ -467,6 +467,7 @@ def load_features(spec, G, random_init=False):
 # ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same, the LoRA off.
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
+COMPILED = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")  # what diffusers' networks repeat
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 
 class LoRA(nn.Module):
@@ -485,8 +486,6 @@ class LoRA(nn.Module):
             y.view(-1, y.shape[-1]).addmm_(h, self.B.to(x.dtype).mT, alpha=self.scale)
         return y
 
-COMPILED = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")  # what diffusers' networks repeat
-
 class ChannelsLastGroupNorm(nn.GroupNorm):
     """nn.GroupNorm by statistics of each channel first: it reads channels-last memory in order, where torch's kernel
     copies to NCHW and back."""
@@ -494,8 +493,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         inner, n = tuple(range(2, x.ndim)), math.prod(x.shape[2:])
         groups = lambda t: t.unflatten(-1, (self.num_groups, -1))  # (..., C) -> (..., G, C / G)
         mean = groups(x.sum(inner, dtype=torch.float32) / n).mean(-1, keepdim=True)  # (B, G, 1)
-        norm = torch.linalg.vector_norm(x, dim=inner, dtype=torch.float32)  # (B, C), no float32 copy of x
-        var = groups(norm**2 / n).mean(-1, keepdim=True) - mean**2
+        norm = torch.linalg.vector_norm(x, dim=inner, dtype=torch.float32)  # (B, C): x^2 without a float32 copy of x
+        var = groups(norm**2 / n).mean(-1, keepdim=True) - mean**2  # (B, G, 1)
         scale = (var + self.eps).rsqrt() * groups(self.weight.float())  # (B, G, C / G)
         shift = groups(self.bias.float()) - mean * scale
         dtype = torch.float32 if torch.compiler.is_compiling() else x.dtype  # eager, float32 would be stored: slow
@@ -503,7 +502,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         return torch.addcmul(shift, x, scale).to(x.dtype)
 
 def channels_last(net):
-    """Keep all activations of a network channels-last, as the convolutions of tensor cores want them."""
+    """Keep all activations of a network channels-last: the layout in which tensor cores convolve, others are copied."""
     net.to(memory_format=torch.channels_last)
     for module in net.modules():
         if type(module) is nn.GroupNorm:
@@ -552,7 +551,7 @@ class Generator:
         if not self.compile:
             return
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-        limits = torch._dynamo.config  # on the graphs of one function, and the blocks share nn.Module's
+        limits = torch._dynamo.config  # of 8 graphs a function: all blocks share nn.Module's, and each shape needs one
         limits.cache_size_limit = limits.accumulated_cache_size_limit = 1024
         channels_last(net)
         parts = [module for module in net.modules() if type(module).__name__ in COMPILED] or [net]

@@ -1775,6 +1775,10 @@ def test_rewards_run_in_one_thread_until_one_hangs():
     gone = weakref.ref(pictures)
     assert rewards.in_time(lambda pictures=pictures: pictures.sum(), seconds, "r") == 3
     del pictures
+    for _ in range(500):  # the thread may still be on its way out of the call
+        if gone() is None:
+            break
+        time.sleep(0.01)
     assert gone() is None
 
 

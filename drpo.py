@@ -467,7 +467,7 @@ def load_features(spec, G, random_init=False):
 # ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same, the LoRA off.
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
-COMPILED = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")  # what diffusers' networks repeat
+COMPILED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # with a transformer block, what diffusers' networks repeat
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 
 class LoRA(nn.Module):
@@ -480,11 +480,11 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x, *args):
-        y = self.base(x)
-        if self.switch["on"]:  # added in place: W x is kept by nobody, and a pass over memory is saved
-            h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)  # (tokens, r)
-            y.view(-1, y.shape[-1]).addmm_(h, self.B.to(x.dtype).mT, alpha=self.scale)
-        return y
+        flat = x.flatten(0, -2)  # (tokens, in)
+        y = self.base(flat)
+        if self.switch["on"]:  # in place: W x is kept by nobody; on y itself, since autograd copies for a view of it
+            y.addmm_(F.linear(flat, self.A.to(x.dtype)), self.B.to(x.dtype).mT, alpha=self.scale)
+        return y.unflatten(0, x.shape[:-1])
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
     """nn.GroupNorm by statistics of each channel first: it reads channels-last memory in order, where torch's kernel
@@ -554,7 +554,8 @@ class Generator:
         limits = torch._dynamo.config  # of 8 graphs a function: all blocks share nn.Module's, and each shape needs one
         limits.cache_size_limit = limits.accumulated_cache_size_limit = 1024
         channels_last(net)
-        parts = [module for module in net.modules() if type(module).__name__ in COMPILED] or [net]
+        block = "BasicTransformerBlock" if self.xl else "Transformer2DModel"  # SDXL's hold up to ten alike: one graph
+        parts = [module for module in net.modules() if type(module).__name__ in (*COMPILED, block)] or [net]
 
         def guarded(part, fast):
             def call(*args, **kw):

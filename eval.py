@@ -1231,9 +1231,9 @@ def bench_numbers(bench, parts):
     def outputs(made, micro=P * K, fields=("dipole", "released")):
         G, phi, params = made
         e = torch.stack([drpo.prompt_noise(0, i, (K, *G.noise_shape)) for i in range(P)])
-        c, first = drpo.rows(G.encode(prompts), torch.zeros(K, dtype=torch.long)), e[0].to(G.device)
+        c, first = drpo.rows(G.encode(prompts), torch.arange(P).repeat_interleave(K)), e.flatten(0, 1).to(G.device)
         out = {"latents": G.sample(first, c)}
-        out["latents"].mul(e[1].to(G.device)).mean().backward()  # a fixed direction: the network's own gradient
+        out["latents"].mul(first.flip(0)).mean().backward()  # a fixed direction: the network's own gradient
         for field in (None, *fields):
             if field:
                 radii = (0.2, 0.5, 1.0) if field == "dipole" else (0.02, 0.05, 0.2)

@@ -1172,6 +1172,15 @@ def train(cfg):
         print(f"done: {out}\nlook at {out}/samples and {out}/curve.png; compare with the base: python eval.py {out}")
         return out
 
+def save_pipeline(pipe, out):
+    """pipe.save_pretrained, its text encoder under the names that every reader knows: transformers 5 drops a prefix, and
+    4 would then draw random weights without a word."""
+    from safetensors.torch import load_file, save_file
+    pipe.save_pretrained(out)
+    file = Path(out) / "text_encoder" / "model.safetensors"
+    if "embeddings.token_embedding.weight" in (weights := load_file(file)):
+        save_file({f"text_model.{name}": weight for name, weight in weights.items()}, file, {"format": "pt"})
+
 def merge(run, out):
     """Write the base of a run with its LoRA folded in as a whole diffusers pipeline."""
     saved = read_run(run)
@@ -1183,7 +1192,7 @@ def merge(run, out):
     else:
         G.load_lora(run)
         G.remove_lora(merge=True)
-    G.pipe.save_pretrained(out)
+    save_pipeline(G.pipe, out)
     print(f"wrote {out}: DiffusionPipeline.from_pretrained('{out}') loads it")
 
 # ===== 7. The command line, made from Config.

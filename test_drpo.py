@@ -1834,11 +1834,14 @@ def test_model_file_that_disappears(_dp_models, _dp_home):
 def test_merge_equals_the_lora(kind, _dp_models, _dp_home):
     """A whole pipeline with the LoRA folded in draws what the base with the LoRA draws."""
     from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
     run = _DpRun(_dp_argv(_dp_models, kind=kind, lr=0.05, lora_alpha=5, steps=2), _dp_home)
     assert run.wait() == 0, run.err
     run = _DpRun(["--merge", "run", "merged"], _dp_home)
     assert run.wait() == 0, run.err
     pipe, e = DiffusionPipeline.from_pretrained(_dp_home / "merged"), _dp_noise()
+    names = load_file(_dp_home / "merged" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # as in SD-Turbo's file; 5 would drop it
     merged = _dp_pipe_sample(pipe, e)
     base = DiffusionPipeline.from_pretrained(_dp_models / kind)
     plain = _dp_pipe_sample(base, e)

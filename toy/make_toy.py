@@ -20,8 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from drpo import save_pipeline
+from rewards import scene
 
 SHAPES = ["circle", "square", "triangle"]
 COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
@@ -268,18 +271,13 @@ def train(args):
         return F.smooth_l1_loss(x0, target, beta=0.2)  # near a threshold of e, the median of two pictures, not a blend
 
     fit("generator", [unet, text], generator_loss, args.minutes * 0.7, 1.2e-3)
-    pipe.to(torch.float16).save_pretrained(out)
-    file = out / "text_encoder" / "model.safetensors"  # transformers 5 drops the prefix that 4 needs
-    weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
-    save_file(weights, file, {"format": "pt"})
+    save_pipeline(pipe.to(torch.float16), out)
     (out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
 
 
 @torch.no_grad()
 def check(folder, count=8):
     """Print how many pictures of the saved toy follow their captions, are unreadable, and what careful noise gives."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from rewards import scene
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name, every in (("heldout", 1), ("train", 5)):

@@ -1173,8 +1173,8 @@ def train(cfg):
         return out
 
 def save_pipeline(pipe, out):
-    """pipe.save_pretrained, its text encoder under the names that every reader knows: transformers 5 drops a prefix, and
-    4 would then draw random weights without a word."""
+    """pipe.save_pretrained, its text encoder under the names that every reader knows: transformers 5 drops a prefix of
+    them, and 4 would then draw random weights without a word."""
     from safetensors.torch import load_file, save_file
     pipe.save_pretrained(out)
     file = Path(out) / "text_encoder" / "model.safetensors"

@@ -152,7 +152,9 @@ def _dp_released(z, positive, negative, radii, kernel, w_pos=3000.0, w_neg=3000.
             if i == j or (negative_is_self and j == N + i):
                 logits[i, j] -= 100 / radius
         rows = [logits[i].max() + math.log(sum(math.exp(x - logits[i].max()) for x in logits[i])) for i in range(N)]
-        columns = [logits[:, j].max() + math.log(sum(math.exp(x - logits[:, j].max()) for x in logits[:, j])) for j in range(Y)]
+        columns = [
+            logits[:, j].max() + math.log(sum(math.exp(x - logits[:, j].max()) for x in logits[:, j])) for j in range(Y)
+        ]
         force = np.zeros_like(z)
         for i in range(N):
             A = [math.sqrt(max(math.exp(2 * logits[i, j] - rows[i] - columns[j]), 1e-6)) * w[j] for j in range(Y)]
@@ -195,7 +197,8 @@ def test_dipole_field_equals_float64_loop(kernel, radii):
             small = kernel == "rbf" and min(radii) < 0.1  # exponents of some -1000: their float32 rounding is 1e-3
             _dp_close(got, want, 1e-2 if small else 1e-5)
             shown = np.array(want_rms) > 1e-30  # below, float32 has no number for it
-            np.testing.assert_allclose(rms.double().numpy()[shown], np.array(want_rms)[shown], rtol=1e-2 if small else 1e-5)
+            np.testing.assert_allclose(rms.double().numpy()[shown],
+                                       np.array(want_rms)[shown], rtol=1e-2 if small else 1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -216,12 +219,13 @@ def test_released_field_equals_float64_loop(kernel, radii):
     z, reference, positive, negative = _dp_sets(3)
     for w_pos, w_neg in ((3000.0, 3000.0), (3500.0, 500.0)):
         want, s_want = _dp_released(*_dp_64(z, positive, negative), radii, kernel, w_pos, w_neg)
-        got, s = drpo.released_field(z, positive, negative, radii=radii, kernel=kernel, positive_weight=w_pos, negative_weight=w_neg)
+        got, s = drpo.released_field(z, positive, negative, radii=radii, kernel=kernel, positive_weight=w_pos,
+                                     negative_weight=w_neg)
         _dp_close(got, want)
         assert float(s) == pytest.approx(s_want, rel=1e-5)
         want, s_want = _dp_released(*_dp_64(z, reference, z), radii, kernel, w_pos, w_neg, True)
-        got, s = drpo.released_field(z, reference, z, radii=radii, kernel=kernel, positive_weight=w_pos, negative_weight=w_neg,
-                                     negative_is_self=True)
+        got, s = drpo.released_field(z, reference, z, radii=radii, kernel=kernel, positive_weight=w_pos,
+                                     negative_weight=w_neg, negative_is_self=True)
         _dp_close(got, want)
         assert float(s) == pytest.approx(s_want, rel=1e-5)
 
@@ -272,7 +276,7 @@ def test_dipole_field_is_gradient_of_energy(kernel, radius):
         assert energy.shape == (9,)
         gradient, = torch.autograd.grad(energy.sum(), x)
         V, rms = drpo.dipole_field(z, positive, negative, radii=(radius,), kernel=kernel, return_rms=True)
-        # cosine: at z = a, where cos has its maximum, autograd's 0 is the difference of two numbers of size e^(1/radius)
+        # cosine: at z = a, where cos has its maximum, autograd's 0 is a difference of two numbers of size e^(1/radius)
         _dp_close(V * rms[..., None], gradient.double().numpy(), 2e-4 if kernel == "cosine" else 1e-5)
 
 
@@ -281,8 +285,8 @@ def test_dipole_energy_value():
     positive, negative = other[:3], other[3:5]
     s = _dp_scale([(x, y) for x in _dp_64(z)[0] for y in _dp_64(other[:5])[0]])
     for kernel in KERNELS:
-        want = [sum(math.exp(_dp_log_k(x, a, 0.3 * s, 0.3, kernel)) * sign for a, sign in zip(_dp_64(other[:5])[0], (1, 1, 1, -1, -1)))
-                for x in _dp_64(z)[0]]
+        signed = list(zip(_dp_64(other[:5])[0], (1, 1, 1, -1, -1)))
+        want = [sum(math.exp(_dp_log_k(x, a, 0.3 * s, 0.3, kernel)) * sign for a, sign in signed) for x in _dp_64(z)[0]]
         _dp_close(drpo.dipole_energy(z, positive, negative, radius=0.3, kernel=kernel), np.array(want))
 
 
@@ -394,7 +398,7 @@ def _dp_config(**kw):
 
 
 def test_loss_values():
-    """sum of weight ||z - z*||^2 by the equations, for both fields, where z equals the features that gave the targets."""
+    """sum of weight ||z - z*||^2 by the equations, for both fields, where z is the features that gave the targets."""
     z, reference, positive, negative = (t[None] for t in _dp_sets(11))
     masks = (torch.ones(1, 3, dtype=torch.bool),) * 2
     a = [t[0] for t in _dp_64(z, reference, positive, negative)]
@@ -409,7 +413,8 @@ def test_loss_values():
     gradient, = torch.autograd.grad(drpo.regression_loss(x, terms), x)
     _dp_close(gradient[0] / gradient.square().mean().sqrt(), -V / math.sqrt((V ** 2).mean()), 1e-4)
 
-    terms, _, _ = drpo.drpo_target(z, reference, positive, negative, masks, _dp_config(field="released", lambda_ref=weight))
+    terms, _, _ = drpo.drpo_target(z, reference, positive, negative, masks,
+                                   _dp_config(field="released", lambda_ref=weight))
     force, s = _dp_released(a[0], a[2], a[3], **kw)
     drift, s_ref = _dp_released(a[0], a[1], a[0], negative_is_self=True, **kw)
     want = float((force ** 2).mean()) + weight * float((drift ** 2).mean())
@@ -449,7 +454,8 @@ def test_mathematics_runs_alone(tmp_path):
         "assert field.rank(torch.arange(4.), 1)[0].tolist() == [False, False, False, True]\n"
         "assert not {'diffusers', 'transformers', 'drpo', 'PIL'} & set(sys.modules), 'torch only'\n"
         "torch.save(out, 'out.pt')\n")
-    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import use"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import use"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     torch.manual_seed(0)
@@ -483,13 +489,16 @@ def _dp_pipeline(kind, folder):
     import diffusers
     import transformers
     torch.manual_seed(0)
-    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=200, bos_token_id=0,
-                eos_token_id=1, pad_token_id=1)
-    schedule = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing", steps_offset=1)
-    unet = dict(sample_size=8, block_out_channels=(32, 64), attention_head_dim=(2, 4), norm_num_groups=16, use_linear_projection=True)
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=200,
+                bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    schedule = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing",
+                    steps_offset=1)
+    unet = dict(sample_size=8, block_out_channels=(32, 64), attention_head_dim=(2, 4), norm_num_groups=16,
+                use_linear_projection=True)
     parts = dict(
-        vae=diffusers.AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
-                                    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        vae=diffusers.AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
+                                    sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
+                                    up_block_types=("UpDecoderBlock2D",) * 3,
                                     scaling_factor=0.13025 if kind == "sdxl" else 0.18215),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)), tokenizer=_dp_tokenizer(folder))
     with torch.no_grad():
@@ -497,18 +506,19 @@ def _dp_pipeline(kind, folder):
             p.mul_(3)
     if kind == "sd":
         return diffusers.StableDiffusionPipeline(
-            **parts, unet=diffusers.UNet2DConditionModel(
-                **unet, layers_per_block=1, cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+            **parts, unet=diffusers.UNet2DConditionModel(**unet, layers_per_block=1, cross_attention_dim=32,
+                                                         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                                         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
             scheduler=diffusers.EulerDiscreteScheduler(**schedule), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False)
     return diffusers.StableDiffusionXLPipeline(
         **parts, tokenizer_2=parts["tokenizer"], add_watermarker=False,
         text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=32)),
-        unet=diffusers.UNet2DConditionModel(
-            **unet, layers_per_block=2, cross_attention_dim=64, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
-            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
+        unet=diffusers.UNet2DConditionModel(**unet, layers_per_block=2, cross_attention_dim=64,
+                                            transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+                                            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+                                            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
         scheduler=diffusers.EulerAncestralDiscreteScheduler(**schedule))
 
 
@@ -545,8 +555,8 @@ def _dp_sample(G, e, prompts=PROMPTS):
 
 def _dp_pipe_sample(pipe, e, output="latent", prompts=PROMPTS):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(prompt=list(prompts), latents=e.clone().to(pipe.dtype), num_inference_steps=1, guidance_scale=0.0, height=32, width=32,
-                output_type=output).images
+    return pipe(prompt=list(prompts), latents=e.clone().to(pipe.dtype), num_inference_steps=1, guidance_scale=0.0,
+                height=32, width=32, output_type=output).images
 
 
 @pytest.mark.parametrize("kind", ("sd", "sdxl"))
@@ -573,7 +583,8 @@ def test_one_step_of_other_schedulers(prediction, _dp_models):
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
     pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
     for spacing in ("trailing", "leading", "linspace"):
-        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type=prediction, timestep_spacing=spacing)
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type=prediction,
+                                                            timestep_spacing=spacing)
         e = _dp_noise()
         want = _dp_pipe_sample(pipe, e)
         G = drpo.Generator(pipe, "cpu", torch.float32, "tiny")
@@ -616,7 +627,8 @@ def test_lora_is_the_formula(_dp_models):
     for module in G.lora.values():
         x = torch.randn(3, module.A.shape[1])
         bias = 0 if module.base.bias is None else module.base.bias.double()
-        want = (module.base.weight.double() @ x.double().T).T + bias + 10 / 4 * (module.B.double() @ (module.A.double() @ x.double().T)).T
+        W, A, B, x_T = (t.double() for t in (module.base.weight, module.A, module.B, x.T))
+        want = (W @ x_T).T + bias + 10 / 4 * (B @ (A @ x_T)).T
         with torch.no_grad():
             _dp_close(module(x), want.detach().numpy())
 
@@ -681,7 +693,8 @@ def test_kohya_file_has_what_its_readers_want(_dp_models, tmp_path):
     G.save_lora(tmp_path, "kohya")
     state = load_file(tmp_path / "kohya_lora.safetensors")
     modules = {k.split(".")[0] for k in state}
-    assert len(modules) == len(G.lora) and all(re.fullmatch(r"lora_unet_\w+_attn[12]_to_(q|k|v|out_0)", m) for m in modules)
+    assert len(modules) == len(G.lora) and all(
+        re.fullmatch(r"lora_unet_\w+_attn[12]_to_(q|k|v|out_0)", m) for m in modules)
     assert len(state) == 3 * len(modules)
     for m in modules:
         assert float(state[m + ".alpha"]) == 6.0
@@ -694,7 +707,8 @@ def test_foreign_lora_is_refused_and_peft_lora_is_read(_dp_models, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
     pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
-    pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    pipe.unet.add_adapter(
+        LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
     state = {k: v.contiguous() for k, v in get_peft_model_state_dict(pipe.unet).items()}
     type(pipe).save_lora_weights(tmp_path, unet_lora_layers=state)
     G, e = _dp_open(_dp_models / "sd"), _dp_noise()
@@ -750,8 +764,8 @@ def _dp_stats(h):
     """Global mean, population std and the means of the four quarters of (B, C, H, W), by numpy in float64."""
     h = h.double().numpy()
     a, b = h.shape[2] // 2, h.shape[3] // 2
-    quarters = np.stack([h[:, :, y:y + a, x:x + b].mean((2, 3)) for y in (0, a) for x in (0, b)], -1).reshape(len(h), -1)
-    return h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6), quarters
+    quarters = [h[:, :, y:y + a, x:x + b].mean((2, 3)) for y in (0, a) for x in (0, b)]
+    return h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6), np.stack(quarters, -1).reshape(len(h), -1)
 
 
 def _dp_compare_maps(got, want, tolerance=2e-5):
@@ -785,7 +799,8 @@ def test_unet_features(kind, _dp_models):
     pipe, seen = DiffusionPipeline.from_pretrained(_dp_models / kind), []
     blocks = (pipe.unet.down_blocks[-1], pipe.unet.mid_block, pipe.unet.up_blocks[0])
     for block in blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).detach()))
+        block.register_forward_hook(
+            lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).detach()))
     noise = drpo.prompt_noise(0, 0, (4, 8, 8))
     added = None
     if kind == "sdxl":
@@ -815,9 +830,10 @@ def test_latent_features(_dp_models):
 
 
 def _dp_pil_224(images):
-    """(B, 3, 32, 32) in [0, 1] -> ImageNet-normalised (B, 3, 224, 224), resized by PIL's bicubic, channel by channel."""
+    """(B, 3, 32, 32) in [0, 1] -> ImageNet-normalised (B, 3, 224, 224), by PIL's bicubic, channel by channel."""
     from PIL import Image
-    out = [[np.asarray(Image.fromarray(c.numpy(), mode="F").resize((224, 224), Image.BICUBIC)) for c in image] for image in images]
+    out = [[np.asarray(Image.fromarray(c.numpy(), mode="F").resize((224, 224), Image.BICUBIC)) for c in image]
+           for image in images]
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (torch.from_numpy(np.array(out)) - mean) / std
 
@@ -831,15 +847,17 @@ def test_mae_features_are_unmasked(_dp_models, tmp_path):
     """All patches, in their order, none masked: a forward written out here, from the patches to hidden_states[12]."""
     import transformers
     torch.manual_seed(0)
-    net = transformers.ViTMAEModel(transformers.ViTMAEConfig(hidden_size=16, num_hidden_layers=14, num_attention_heads=2,
-                                                             intermediate_size=32, patch_size=32, image_size=224)).eval()
+    net = transformers.ViTMAEModel(
+        transformers.ViTMAEConfig(hidden_size=16, num_hidden_layers=14, num_attention_heads=2, intermediate_size=32,
+                                  patch_size=32, image_size=224)).eval()
     net.save_pretrained(tmp_path)
     G, x = _dp_open(_dp_models / "sd"), 2 * _dp_noise(2)
     phi = drpo.load_features(f"mae@{tmp_path}", G)
     with torch.no_grad():
         pixels = _dp_pil_224(G.decode(x))
         emb = net.embeddings
-        h = torch.nn.functional.conv2d(pixels, emb.patch_embeddings.projection.weight, emb.patch_embeddings.projection.bias, stride=32)
+        h = torch.nn.functional.conv2d(pixels, emb.patch_embeddings.projection.weight,
+                                       emb.patch_embeddings.projection.bias, stride=32)
         h = h.flatten(2).mT + emb.position_embeddings[:, 1:]
         h = torch.cat([(emb.cls_token + emb.position_embeddings[:, :1]).expand(2, -1, -1), h], 1)
         for layer in net.encoder.layer[:12] if hasattr(net, "encoder") else net.layers[:12]:
@@ -855,8 +873,9 @@ def test_mae_features_are_unmasked(_dp_models, tmp_path):
 def test_dino_features(_dp_models, tmp_path):
     import transformers
     torch.manual_seed(0)
-    net = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=16, num_hidden_layers=13, num_attention_heads=2, mlp_ratio=2,
-                                                             patch_size=32, image_size=224)).eval()
+    net = transformers.Dinov2Model(
+        transformers.Dinov2Config(hidden_size=16, num_hidden_layers=13, num_attention_heads=2, mlp_ratio=2,
+                                  patch_size=32, image_size=224)).eval()
     net.save_pretrained(tmp_path)
     G, x = _dp_open(_dp_models / "sd"), 2 * _dp_noise(2)
     with torch.no_grad():
@@ -871,7 +890,7 @@ MAE_BLOCKS = (2, 1, 2, 1)
 
 
 def _dp_mae_state():
-    """Random weights of a latent-MAE of width 32 under the authors' names, in JAX's layout: .kernel HWIO, norms .scale."""
+    """Random weights of a latent-MAE of width 32 under the authors' names, in JAX's layout: .kernel HWIO, .scale."""
     g, state = torch.Generator().manual_seed(0), {}
 
     def conv(name, size, c_in, c):
@@ -887,7 +906,8 @@ def _dp_mae_state():
         c = 32 * 2 ** (s - 1)
         for b in range(n):
             name = f"stages_{s}.layers_{b}"
-            conv(f"{name}.conv1", 3, c_in, c), norm(f"{name}.gn1", c), conv(f"{name}.conv2", 3, c, c), norm(f"{name}.gn2", c)
+            conv(f"{name}.conv1", 3, c_in, c), norm(f"{name}.gn1", c)
+            conv(f"{name}.conv2", 3, c, c), norm(f"{name}.gn2", c)
             if b == 0 and (s > 1 or c_in != c):
                 conv(f"{name}.proj_conv", 1, c_in, c), norm(f"{name}.proj_gn", c)
             c_in = c
@@ -907,7 +927,8 @@ def _dp_mae_forward(state, x):
     def norm(name, x):
         groups = x.reshape(len(x), 32, -1)
         groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        return groups.reshape(x.shape) * state[f"encoder.{name}.scale"][:, None, None] + state[f"encoder.{name}.bias"][:, None, None]
+        scale, bias = (state[f"encoder.{name}.{part}"][:, None, None] for part in ("scale", "bias"))
+        return groups.reshape(x.shape) * scale + bias
 
     h = norm("gn1", conv("conv1", x.double())).relu()
     for s, n in enumerate(MAE_BLOCKS, 1):
@@ -939,7 +960,8 @@ def test_latent_mae_features(form, _dp_models, tmp_path):
         want = [h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6)]
         for p in (2, 4):
             if n > p:
-                patches = h.reshape(2, -1, n // p, p, n // p, p).transpose(0, 2, 4, 1, 3, 5).reshape(2, (n // p) ** 2, -1, p * p)
+                patches = h.reshape(2, -1, n // p, p, n // p, p).transpose(0, 2, 4, 1, 3, 5)
+                patches = patches.reshape(2, (n // p) ** 2, -1, p * p)
                 want += [patches.mean(-1), np.sqrt(patches.var(-1) + 1e-6)]
         assert len(want) == (6 if side == 64 else 2)
         with torch.no_grad():
@@ -972,7 +994,7 @@ def test_latent_mae_never_unpickles(_dp_models, tmp_path):
 
 
 def test_features_are_deterministic_frozen_and_joined(_dp_models):
-    """The same vectors each time, for each image alone, whatever the RNG; gradient to x only; a comma joins the lists."""
+    """The same vectors each time, for each image alone, whatever the RNG; gradient to x only; a comma joins lists."""
     G, x = _dp_open(_dp_models / "sd"), 3 * _dp_noise(3)
     c = G.encode([*PROMPTS, "a dog"])
     single = {name: drpo.load_features(name, G)(x, c) for name in ("vae", "unet", "latent")}
@@ -1026,7 +1048,8 @@ def _dp_gradient(G, params, features, micro, cfg=None, f=lambda x: x, table=TABL
         p.grad = None
     noise = torch.stack([drpo.prompt_noise(seed, i, (6, 4, 8, 8)) for i in range(2)])
     score = None if pairs else _DpScore(table, f)
-    metrics = drpo.drpo_gradient(G, drpo.load_features(features, G), PROMPTS, noise, cfg, micro, score=score, pairs=pairs)
+    metrics = drpo.drpo_gradient(G, drpo.load_features(features, G), PROMPTS, noise, cfg, micro, score=score,
+                                 pairs=pairs)
     return torch.cat([p.grad.flatten() for p in params]) / G.loss_scale, metrics, score
 
 
@@ -1075,7 +1098,8 @@ def test_rounding_of_another_chunk_size_does_not_reach_the_loss(_dp_tuned):
 @pytest.mark.parametrize("kind", ("sd", "sdxl"))
 def test_compiled_network_gives_the_same_gradient(kind, _dp_models, capsys):
     """Of the generator and, on SDXL, of the `unet` features behind it, which leave the UNet half way."""
-    nets, e, gradients = [drpo.load_generator(str(_dp_models / kind), compile=c) for c in (False, True)], _dp_noise(), []
+    nets = [drpo.load_generator(str(_dp_models / kind), compile=c) for c in (False, True)]
+    e, gradients = _dp_noise(), []
     for G in nets:
         params, c = _dp_random_lora(G, size=0.1), G.encode(PROMPTS)
         x = G.sample(e, c)
@@ -1191,8 +1215,10 @@ def test_gradient_is_the_equations(_dp_tuned):
         best, worst = order[-2:], order[:2]
         for h, h_ref in zip(maps, refs):
             z, r = _dp_64(h.detach()[:, 0], h_ref[:, 0])
-            V = _dp_dipole(z, z[best], z[worst], (0.2, 0.5), "laplacian")[0] + 0.3 * _dp_drift(z, r, (0.2, 0.5), "laplacian")[0]
-            # L = 1 / (2 N D) sum |(z - z*) / u|^2, z* = z + eta u V, u = s / sqrt(D), s the mean distance within z; mean over prompts
+            V = _dp_dipole(z, z[best], z[worst], (0.2, 0.5), "laplacian")[0]
+            V = V + 0.3 * _dp_drift(z, r, (0.2, 0.5), "laplacian")[0]
+            # L = 1 / (2 N D) sum |(z - z*) / u|^2, z* = z + eta u V, u = s / sqrt(D), s the mean distance within z;
+            # mean over prompts
             N, D = z.shape
             u = _dp_scale([(a, b) for a in z for b in z]) / math.sqrt(D)
             h[:, 0].backward(torch.from_numpy(-0.8 * V / (N * D * u) / 2).float(), retain_graph=True)
@@ -1263,8 +1289,12 @@ def test_metrics_of_the_pictures(_dp_tuned):
     pairwise, xs = {}, {}
     for name, context in (("tuned", contextlib.nullcontext()), ("base", G.reference())):
         with context, torch.no_grad():
-            xs[name] = [G.sample(drpo.prompt_noise(3, i, (6, 4, 8, 8)), G.encode([p] * 6)).flatten(1).double().numpy() for i, p in enumerate(PROMPTS)]
-        pairwise[name] = np.mean([np.mean([np.linalg.norm(x[a] - x[b]) for a in range(6) for b in range(6) if a != b]) for x in xs[name]])
+            xs[name] = [
+                G.sample(drpo.prompt_noise(3, i, (6, 4, 8, 8)), G.encode([p] * 6)).flatten(1).double().numpy()
+                for i, p in enumerate(PROMPTS)
+            ]
+        pairwise[name] = np.mean(
+            [np.mean([np.linalg.norm(x[a] - x[b]) for a in range(6) for b in range(6) if a != b]) for x in xs[name]])
     rms = np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(xs["tuned"], xs["base"])])  # mean over prompts
     assert m["distance"] == pytest.approx(rms, rel=1e-4)
     assert m["diversity"] == pytest.approx(pairwise["tuned"] / pairwise["base"], rel=1e-4)
@@ -1295,12 +1325,13 @@ def _dp_pictures(folder, n=6):
 
 
 def test_offline_pairs_are_anchors(_dp_tuned, tmp_path):
-    """Anchors from files, of different numbers: features of the VAE-encoded pictures, by diffusers' own image processor."""
+    """Anchors from files, of different numbers: features of the VAE-encoded pictures, by diffusers' image processor."""
     from diffusers.image_processor import VaeImageProcessor
     from PIL import Image
     G, params = _dp_tuned
     n = _dp_pictures(tmp_path)
-    rows = [{"prompt": PROMPTS[0], "chosen": n[:2], "rejected": n[2:3]}, {"prompt": PROMPTS[1], "chosen": n[3:4], "rejected": n[4:6]}]
+    rows = [{"prompt": PROMPTS[0], "chosen": n[:2], "rejected": n[2:3]},
+            {"prompt": PROMPTS[1], "chosen": n[3:4], "rejected": n[4:6]}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     pairs = drpo.load_pairs(tmp_path / "pairs.jsonl")
     assert [p[0] for p in pairs] == PROMPTS
@@ -1321,7 +1352,8 @@ def test_offline_pairs_are_anchors(_dp_tuned, tmp_path):
     whole, m, _ = _dp_gradient(G, params, "vae", 12, pairs=anchors)
     part, _, _ = _dp_gradient(G, params, "vae", 5, pairs=anchors)
     assert whole.norm() > 0 and (part - whole).norm() < 2e-4 * whole.norm()
-    swapped, _, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.0), pairs=[(b, a) for a, b in anchors])
+    swapped, _, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.0),
+                                 pairs=[(b, a) for a, b in anchors])
     plain, _, _ = _dp_gradient(G, params, "vae", 12, _dp_config(anchors=2, lambda_ref=0.0), pairs=anchors)
     assert (swapped + plain).norm() < 1e-4 * plain.norm(), "chosen and rejected exchanged: the other way"
 
@@ -1333,7 +1365,8 @@ def test_half_precision_gradient(_dp_models):
         G = _dp_open(_dp_models / "sd", dtype)
         params = _dp_random_lora(G, size=0.1)
         gradients[dtype], m, _ = _dp_gradient(G, params, "vae", 12)
-        assert gradients[dtype].dtype == torch.float32 and gradients[dtype].isfinite().all() and math.isfinite(m["loss"])
+        assert gradients[dtype].dtype == torch.float32 and gradients[dtype].isfinite().all()
+        assert math.isfinite(m["loss"])
     want = gradients.pop(torch.float32)
     for dtype, got in gradients.items():
         cosine = float(torch.cosine_similarity(got, want, dim=0))
@@ -1354,7 +1387,8 @@ calls = 0
 
 def good(images, prompts):
     assert not torch.is_grad_enabled()
-    return [float(np.asarray(i, dtype=float)[..., 0].mean() - np.asarray(i, dtype=float)[..., 2].mean()) for i in images]
+    arrays = [np.asarray(image, dtype=float) for image in images]
+    return [float(a[..., 0].mean() - a[..., 2].mean()) for a in arrays]
 
 def drawing(images, prompts):
     """A reward with a random part, from every generator there is."""
@@ -1425,10 +1459,11 @@ class _DpRun:
             _DpRun.server = multiprocessing.get_context("forkserver")
             _DpRun.server.set_forkserver_preload(
                 ["drpo", "pytest", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "eval",
-                 "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "transformers.models.clip.modeling_clip",
-                 "torch._dynamo"])
+                 "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+                 "transformers.models.clip.modeling_clip", "torch._dynamo"])
         self.stream = str(Path(cwd) / f"stream{random.randrange(10 ** 12)}")
-        self.process = _DpRun.server.Process(target=_dp_child, args=([str(a) for a in argv], self.stream, str(cwd), dict(env)))
+        self.process = _DpRun.server.Process(target=_dp_child,
+                                             args=([str(a) for a in argv], self.stream, str(cwd), dict(env)))
         self.process.start()
 
     def wait(self, seconds=120):
@@ -1467,8 +1502,8 @@ def _dp_home(tmp_path, _dp_models):
 def _dp_argv(models, out="run", reward="own.py:good", kind="sd", **kw):
     """Command line of a tiny run."""
     settings = dict(model=models / kind, reward=reward, prompts="prompts.txt", out=out, steps=4, batch=2, candidates=4,
-                    anchors=2, features="vae", lora_rank=2, preview_every=0, save_every=50, device="cpu", field="dipole",
-                    radii="0.2,0.5,1", lr=1e-3) | kw
+                    anchors=2, features="vae", lora_rank=2, preview_every=0, save_every=50, device="cpu",
+                    field="dipole", radii="0.2,0.5,1", lr=1e-3) | kw
     return [a for k, v in settings.items() if v is not None
             for a in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}", str(v)])]
 
@@ -1684,8 +1719,9 @@ def test_kill_9_at_random_moments(_dp_models, _dp_home):
         run = _DpRun(["--resume", "run", *(["--steps", str(step + 1)] if rounds == 19 else [])], _dp_home)
     assert run.wait() == 0, run.err
     assert [m["step"] for m in _dp_metrics(folder)] == list(range(1, reached + 2)) and reached >= 20
-    assert not {p.name for p in folder.iterdir()} - {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl",
-                                                    "pytorch_lora_weights.safetensors", "samples", "curve.png"}
+    known = {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl", "samples", "curve.png",
+             "pytorch_lora_weights.safetensors"}
+    assert not {p.name for p in folder.iterdir()} - known
 
 
 @pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
@@ -1716,7 +1752,8 @@ def test_disk_full_on_a_tmpfs(_dp_models, _dp_home):
     """A file system of 1 MB that really fills up."""
     disk = _dp_home / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
     try:
@@ -1741,15 +1778,16 @@ def test_file_too_large_during_a_save(_dp_models, _dp_home):
     """Where no tmpfs can be mounted: writes of the checkpoint fail halfway."""
     assert _DpRun(_dp_argv(_dp_models, steps=1), _dp_home).wait() == 0
     size = (_dp_home / "run" / "checkpoint.pt").stat().st_size
-    run = _DpRun(["--resume", "run", "--steps", "3", "--save-every", "1"], _dp_home, {"DP_ACTION": "tiny_file", "DP_LIMIT": str(size // 2)})
+    run = _DpRun(["--resume", "run", "--steps", "3", "--save-every", "1"], _dp_home,
+                 {"DP_ACTION": "tiny_file", "DP_LIMIT": str(size // 2)})
     _dp_disk_is_full(run, _dp_home / "run")
     run = _DpRun(["--resume", "run", "--steps", "3"], _dp_home)
     assert run.wait() == 0, run.err
     assert [m["step"] for m in _dp_metrics(_dp_home / "run")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("reward,words", (("raises3", "no camera"), ("short3", "1 scores for 8 images"), ("inf3", "inf"),
-                                          ("text3", "good"), ("hangs3", "--reward-timeout")))
+@pytest.mark.parametrize("reward,words", (("raises3", "no camera"), ("short3", "1 scores for 8 images"),
+                                          ("inf3", "inf"), ("text3", "good"), ("hangs3", "--reward-timeout")))
 def test_rewards_that_fail_at_step_3(reward, words, _dp_models, _dp_home):
     """One line with the reward, the step and the way on; two steps are saved, and --resume goes on from there."""
     run = _DpRun(_dp_argv(_dp_models, reward=f"own.py:{reward}", reward_timeout=1), _dp_home)
@@ -1799,7 +1837,8 @@ def test_nonfinite_gradients(_dp_models, _dp_home):
     """Skipped and counted; three in a row stop the run with a checkpoint and advice, and it can be gone on with."""
     plain = _DpRun(_dp_argv(_dp_models, "plain", steps=2), _dp_home)
     run = _DpRun(_dp_argv(_dp_models, "a", steps=5), _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4"})
-    stopped = _DpRun(_dp_argv(_dp_models, "b", steps=9), _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4,5,6,7,8,9"})
+    stopped = _DpRun(_dp_argv(_dp_models, "b", steps=9), _dp_home,
+                     {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4,5,6,7,8,9"})
     assert plain.wait() == 0 and run.wait() == 0, run.err
     assert [m["applied"] for m in _dp_metrics(_dp_home / "a")] == [True, True, False, False, True]
     assert all(torch.isfinite(w).all() for w in _dp_weights(_dp_home / "a"))
@@ -1811,7 +1850,8 @@ def test_nonfinite_gradients(_dp_models, _dp_home):
     healthy = _DpRun(["--resume", "b", "--steps", "7"], _dp_home)
     assert healthy.wait() == 0, healthy.err
     assert [m["applied"] for m in _dp_metrics(_dp_home / "b")] == [True, True, False, False, False, True, True]
-    sick = _DpRun(["--resume", "b", "--steps", "20"], _dp_home, {"DP_ACTION": "nonfinite", "DP_STEPS": "8,9,10,11,12,13"})
+    sick = _DpRun(["--resume", "b", "--steps", "20"], _dp_home,
+                  {"DP_ACTION": "nonfinite", "DP_STEPS": "8,9,10,11,12,13"})
     assert sick.wait() == 2 and _dp_state(_dp_home / "b")["step"] == 10
 
 
@@ -1881,14 +1921,16 @@ def test_runs_in_every_dtype(kind, dtype, _dp_models, _dp_home):
     metrics = _dp_metrics(_dp_home / "run")
     assert [m["applied"] for m in metrics] == [True, True] and metrics[1]["distance"] > 0
     lines = run.err.strip().splitlines()
-    assert len(lines) == (1 if (kind, dtype) == ("sdxl", "fp16") else 0), "one line where the VAE is lifted, else silence"
+    lifted = (kind, dtype) == ("sdxl", "fp16")
+    assert len(lines) == int(lifted), "one line where the VAE is lifted, else silence"
     assert all(w.dtype == torch.float32 for w in _dp_weights(_dp_home / "run"))
 
 
 def test_offline_pairs_run(_dp_models, _dp_home):
     """No reward is called; the loss falls on a fixed set of two pairs."""
     n = _dp_pictures(_dp_home)
-    rows = [{"prompt": "a red cat", "chosen": n[:2], "rejected": n[2:3]}, {"prompt": "two dogs", "chosen": n[3:4], "rejected": n[4:]}]
+    rows = [{"prompt": "a red cat", "chosen": n[:2], "rejected": n[2:3]},
+            {"prompt": "two dogs", "chosen": n[3:4], "rejected": n[4:]}]
     (_dp_home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = _DpRun(_dp_argv(_dp_models, reward=None, prompts=None, pairs="pairs.jsonl"), _dp_home)
     assert run.wait() == 0, run.err
@@ -1909,12 +1951,12 @@ def _dp_ranks(argv, home, n, env=()):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [_DpRun(argv, home, dict(env) | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                                            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}) for r in range(n)]
+    env = dict(env, WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    return [_DpRun(argv, home, dict(env, RANK=str(r), LOCAL_RANK=str(r))) for r in range(n)]
 
 
 def test_two_ranks_are_one_of_twice_the_batch(_dp_models, _dp_home):
-    """2 ranks x 2 prompts = 1 rank x 4 prompts: the first update's norm and weights; then with another number of ranks."""
+    """2 ranks x 2 prompts = 1 rank x 4 prompts: the first update's norm and weights; then with another number."""
     kw = dict(steps=2, clip=1e9, weight_decay=0)
     one = _DpRun(_dp_argv(_dp_models, "one", batch=4, **kw), _dp_home)
     two = _dp_ranks(_dp_argv(_dp_models, "two", batch=2, **kw), _dp_home, 2)
@@ -1931,7 +1973,8 @@ def test_two_ranks_are_one_of_twice_the_batch(_dp_models, _dp_home):
             assert (x[key] - y[key]).norm() <= 2e-3 * x[key].norm()
     run = _DpRun(["--resume", "two", "--steps", "3"], _dp_home)
     assert run.wait() == 0, run.err
-    assert _dp_state(_dp_home / "two")["position"] == 10 and [m["step"] for m in _dp_metrics(_dp_home / "two")] == [1, 2, 3]
+    assert _dp_state(_dp_home / "two")["position"] == 10
+    assert [m["step"] for m in _dp_metrics(_dp_home / "two")] == [1, 2, 3]
     more = _dp_ranks(["--resume", "two", "--steps", "4"], _dp_home, 2)
     assert [r.wait() for r in more] == [0, 0], [r.err for r in more]
     assert _dp_state(_dp_home / "two")["position"] == 14
@@ -2058,7 +2101,8 @@ def _dp_traps(_dp_home, _dp_models):
     write("wrong.jsonl", '{"prompt": "a cat"}\n{"text": "a dog"}\n')
     write("broken.py", "raise RuntimeError('boom')\n")
     torch.save({"decoder.x": torch.zeros(1)}, _dp_home / "other.pth")
-    write("old/config.json", json.dumps(drpo.settings(drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals"))))
+    write("old/config.json",
+          json.dumps(drpo.settings(drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals"))))
     write("torn/model_index.json", '{"_class_')
     write("tornrun/config.json", '{"model":')
     _dp_pictures(_dp_home, 1)
@@ -2066,10 +2110,12 @@ def _dp_traps(_dp_home, _dp_models):
     write("inner/text.png", "no picture")
     (_dp_home / "inner" / "link.png").symlink_to(_dp_home / "0.png")
     good = {"prompt": "a cat", "chosen": ["0.png"], "rejected": ["1.png"]}
-    for name, rows in {"up": [good, good | {"chosen": ["../0.png"]}], "absolute": [good | {"chosen": [str(_dp_home / "0.png")]}],
-                       "link": [good | {"rejected": ["link.png"]}], "lost": [good | {"chosen": ["lost.png"]}],
-                       "half": [good | {"rejected": []}], "number": [good | {"chosen": [5]}], "text": [good | {"chosen": ["text.png"]}],
-                       "good": [good]}.items():
+    for name, rows in {
+            "up": [good, good | {"chosen": ["../0.png"]}], "absolute": [good | {"chosen": [str(_dp_home / "0.png")]}],
+            "link": [good | {"rejected": ["link.png"]}], "lost": [good | {"chosen": ["lost.png"]}],
+            "half": [good | {"rejected": []}], "number": [good | {"chosen": [5]}],
+            "text": [good | {"chosen": ["text.png"]}], "good": [good]
+    }.items():
         write(f"inner/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     return _dp_home
 
@@ -2130,12 +2176,13 @@ def test_hub_model_that_cannot_be_had(_dp_home, capfd, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(_dp_home / "cache"))
     for model in ("nobody/has-this-model", "sd-turbo", "sdxl-turbo"):
         wanted = model if "/" in model else f"stabilityai/{model}"
-        _dp_refused(["--model", model, "--prompts", "animals", "--reward", "jpeg", "--device", "cpu", "--features", "vae"], _dp_home, capfd,
-                    wanted, "--model toy", "local")
+        _dp_refused(
+            ["--model", model, "--prompts", "animals", "--reward", "jpeg", "--device", "cpu", "--features", "vae"],
+            _dp_home, capfd, wanted, "--model toy", "local")
 
 
 def test_prompt_list_that_cannot_be_fetched_or_is_another(tmp_path, capfd, monkeypatch):
-    """The fetched list is checked against its checksum each time; a failure names the address and where to put the file."""
+    """The fetched list is checked against its checksum each time; a failure names address and place of the file."""
     def unreachable(url, path, **kw):
         raise OSError("no route")
     monkeypatch.setenv("DRPO_CACHE", str(tmp_path))
@@ -2169,7 +2216,8 @@ def test_settings_and_presets():
     """The command line is Config: given before preset before default."""
     toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
     assert toy == drpo.Config()
-    assert (sd.field, sd.features, sd.radii, sd.batch, sd.candidates, sd.anchors) == ("released", "latent-mae", (0.02, 0.05, 0.2), 8, 24, 8)
+    assert (sd.field, sd.features, sd.radii) == ("released", "latent-mae", (0.02, 0.05, 0.2))
+    assert (sd.batch, sd.candidates, sd.anchors) == (8, 24, 8)
     assert (xl.field, xl.features, xl.lr, xl.candidates) == ("released", "unet", 1e-5, 16)
     mine = drpo.parse("--model sd-turbo --radii 0.1,0.3 --lr 0.5 --field dipole --full".split())
     assert (mine.radii, mine.lr, mine.field, mine.full, mine.batch) == ((0.1, 0.3), 0.5, "dipole", True, 8)
@@ -2177,7 +2225,7 @@ def test_settings_and_presets():
 
 def test_import_is_light():
     """diffusers and transformers are imported when a model is loaded, not before."""
-    code = "import sys, drpo; assert not {'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules), 'heavy'"
+    code = "import sys, drpo; assert not {'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -2240,7 +2288,7 @@ def _dp_toy_score(G, captions, scene):
 
 
 def test_the_toy_loads_in_every_transformers():
-    """4.57 knows the keys of its text encoder with this prefix alone, as in SD-Turbo's file, and else takes random ones."""
+    """4.57 knows the keys of its text encoder with this prefix alone, as in SD-Turbo's file, else it takes random."""
     from safetensors.torch import load_file
     weights = load_file(HERE / "toy" / "text_encoder" / "model.safetensors")
     assert weights and all(key.startswith("text_model.") for key in weights)
@@ -2269,7 +2317,7 @@ def test_the_toy_improves(tmp_path):
 
 
 def test_run_outlives_the_server_of_its_reward(_dp_models, _dp_home):
-    """The served reward is killed in the middle of a run and comes back: the run waits and ends as if nothing had been."""
+    """The served reward is killed in the middle of a run and comes back: the run waits and ends as if nothing was."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -3746,7 +3794,8 @@ def test_eval_bad_input_is_one_line(_ev_runs, tmp_path, capsys):
             ([], ["name a run"]),
             ([tmp_path / "torn.safetensors"], ["not a readable LoRA"]),
             ([tmp_path / "other.safetensors", "--model", "toy", "--rewards", "scene"], ["sdxl-turbo", "toy"]),
-            ([tmp_path / "part.safetensors", "--model", "toy", "--rewards", "scene"], ["elsewhere/toy", "toy is another"]),
+            ([tmp_path / "part.safetensors", "--model", "toy", "--rewards", "scene"],
+             ["elsewhere/toy", "toy is another"]),
             ([tmp_path / "part.safetensors", "--model", "toy"], ["--rewards"]),
             ([_ev_runs[0], "--prompts", tmp_path / "empty.txt"], ["empty"]),
             ([_ev_runs[0], "--rewards", "scenne"], ["scenne", "scene"]),
@@ -3817,8 +3866,9 @@ def test_eval_profile_counts_the_work(_dp_models, capsys):
     """Decoding costs the same in chunks and whole; sampling once more with gradient costs half as much again."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        T = drpo.Trainer(drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals", batch=2, candidates=4,
-                                     anchors=2, device="cpu", micro_batch="8"))
+        T = drpo.Trainer(
+            drpo.Config(model=str(_dp_models / "sd"), reward="jpeg", prompts="animals", batch=2, candidates=4,
+                        anchors=2, device="cpu", micro_batch="8"))
         whole, chunks = E.count_tflop(T, 8), E.count_tflop(T, 2)
         assert whole["decode"] > 0 and chunks["decode"] == pytest.approx(whole["decode"])
         assert E.count_tflop(T, 4)["sample"] == pytest.approx(whole["sample"])  # micro = K: nothing is computed twice

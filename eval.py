@@ -723,7 +723,7 @@ ABLATIONS = {  # name: {label: settings that differ from the preset of the toy};
     "kernel": {k: dict(kernel=k) for k in ("rbf", "cosine")},
     "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {f"features {k}": dict(features=k) for k in ("unet", "latent")},
-    "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.1, 0.4, 1.0)},
+    "lambda": {f"lambda {v}": dict(lambda_ref=v) for v in (0.0, 0.05, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
     "field": {"released field": dict(field="released"), "released field and radii": _AUTHORS,
               "the same, K 24, m 8, P 8, lr 1e-4": _AUTHORS | dict(candidates=24, anchors=8, batch=8, lr=1e-4, steps=50,

@@ -1173,10 +1173,13 @@ def train(cfg):
         return out
 
 def save_pipeline(pipe, out):
-    """pipe.save_pretrained, its text encoder under the names that every reader knows: transformers 5 drops a prefix of
-    them, and 4 would then draw random weights without a word."""
+    """pipe.save_pretrained, readable by transformers 4 too: 5 leaves out the tokenizer's vocab.json and merges.txt, and a
+    prefix of the text encoder's names, without which 4 draws random weights and says nothing."""
     from safetensors.torch import load_file, save_file
     pipe.save_pretrained(out)
+    for name in ("tokenizer", "tokenizer_2"):
+        if hasattr(pipe, name) and not (Path(out) / name / "vocab.json").exists():
+            getattr(pipe, name).backend_tokenizer.model.save(str(Path(out) / name))
     file = Path(out) / "text_encoder" / "model.safetensors"
     if "embeddings.token_embedding.weight" in (weights := load_file(file)):
         save_file({f"text_model.{name}": weight for name, weight in weights.items()}, file, {"format": "pt"})

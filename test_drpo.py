@@ -1882,6 +1882,9 @@ def test_merge_equals_the_lora(kind, _dp_models, _dp_home):
     pipe, e = DiffusionPipeline.from_pretrained(_dp_home / "merged"), _dp_noise()
     names = load_file(_dp_home / "merged" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)  # as in SD-Turbo's file; 5 would drop it
+    for name in ("tokenizer", "tokenizer_2")[:1 + (kind == "sdxl")]:  # transformers 4 reads these two files alone
+        vocab = json.loads((_dp_home / "merged" / name / "vocab.json").read_text())
+        assert vocab == getattr(pipe, name).get_vocab() and (_dp_home / "merged" / name / "merges.txt").exists()
     merged = _dp_pipe_sample(pipe, e)
     base = DiffusionPipeline.from_pretrained(_dp_models / kind)
     plain = _dp_pipe_sample(base, e)

@@ -1173,8 +1173,8 @@ def train(cfg):
         return out
 
 def save_pipeline(pipe, out):
-    """pipe.save_pretrained, readable by transformers 4 too: 5 leaves out the tokenizer's vocab.json and merges.txt, and a
-    prefix of the text encoder's names, without which 4 draws random weights and says nothing."""
+    """pipe.save_pretrained, readable by transformers 4 too: 5 leaves out the tokenizer's vocab.json and merges.txt and
+    a prefix of the text encoder's names, without which 4 draws random weights and says nothing."""
     from safetensors.torch import load_file, save_file
     pipe.save_pretrained(out)
     for name in ("tokenizer", "tokenizer_2"):

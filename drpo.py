@@ -467,7 +467,7 @@ def load_features(spec, G, random_init=False):
 # ===== 3. The one-step generator x = G_theta(e, c) and its LoRA; the reference G_ref is the same, the LoRA off.
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, as in the authors' recipe
-COMPILED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # with a transformer block, what diffusers' networks repeat
+COMPILED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # what diffusers' networks repeat beside transformer blocks
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 
 class LoRA(nn.Module):

@@ -1,41 +1,74 @@
-"""Rewards: any black box that can score a picture.
+"""Rewards: any black box that can score a picture, and what is read from outside.
 
-Drifting Preference Optimization only RANKS the candidates of a prompt, so a reward may be a model, a program, a
-server, a judge or a person. The whole contract is one call:
+Drifting Preference Optimization only RANKS the candidates of a prompt, so a reward may be a model,
+a program, a server, a judge or a person. The whole contract is one call:
 
-    reward(images: list[PIL.Image], prompts: list[str]) -> one float an image, higher is better, NaN = no opinion
+    reward(images: list[PIL.Image], prompts: list[str])
+        -> one float an image, higher is better, NaN = no opinion
 
     reward = load("pickscore=1,aesthetic=0.5", device="cuda")
-    reward(images, prompts)          float32 (B,), what the candidates are ranked by
-    reward.score(images, prompts)    {"pickscore": float32 (B,), "aesthetic": float32 (B,)}, native scales
+    reward(images, prompts)          float64 (B,), what the candidates are ranked by
+    reward.score(images, prompts)    {"pickscore": (B,), "aesthetic": (B,)}, native scales
 
 A spec is `name[=weight],name[=weight],...` where a name is one of
     pickscore                        a name from REWARDS (`python rewards.py list`)
-    pickscore@/path/to/copy          the same with its files read from a folder (its docstring says which files)
-    my_file.py:function              a function(images, prompts), or a class that is instantiated without arguments
-    package.module:name              the same from an importable module
-    http://127.0.0.1:8000            a reward served by `python rewards.py serve NAME`, here or on another machine
+    pickscore@/path/to/copy          the same with its files from a folder (see its docstring)
+    my_file.py:function              a function(images, prompts), or a class, made without arguments
+    package.module:name              the same from a module on the path or in this folder
+    http://127.0.0.1:8000            a reward served by `python rewards.py serve NAME`
     vlm@http://host:8000/v1?model=m  an OpenAI-compatible judge
-The weight is what follows the last `=`; in the query of a URL the first `=` of a pair is the pair's own, so
-`vlm@http://host/v1?model=m=0.5` has weight 0.5. Names hold no comma.
+The weight is what follows the last `=`; in the query of a URL the first `=` of a pair is the pair's
+own: `vlm@http://host/v1?model=m=0.5` has weight 0.5. Names hold no comma.
 
 Optional attributes of a reward callable: `batch_size` (at most so many pictures a call);
-`score_tensor(images, prompts)`, which takes the pictures as a float tensor (B,3,H,W) in [0,1] and saves the round trip
-through PIL; and, where right and wrong can be told, `correct(images, prompts)` -> list of bool (None: not judged) and
-`tag(prompt)` -> its task.
+`score_tensor(images, prompts)`, which takes the pictures as a float tensor (B,3,H,W) in [0,1];
+and, where right and wrong can be told, `correct(images, prompts)` -> list of bool (None: not
+judged) and `tag(prompt)` -> its task. Each reward gets copies of its own: what it does to them, no
+other sees.
 
     python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py list
     python rewards.py serve NAME [--port 8000] [--host 127.0.0.1]
 
-Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PATIENCE (seconds that a client goes on
-trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or OPENAI_API_KEY (bearer token of the judge).
+Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PATIENCE (seconds that
+a client goes on trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or
+OPENAI_API_KEY (bearer token of the judge).
 """
-
-import argparse, base64, binascii, difflib, hashlib, hmac, http.client, importlib.util, inspect, io, itertools, json
-import math, numbers, os, queue, re, sys, tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zlib
+import argparse
+import base64
+import binascii
+import csv
+import difflib
+import hashlib
+import hmac
+import html
+import http.client
+import importlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import numbers
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields
 from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,7 +77,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+HERE = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
@@ -56,17 +91,25 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loading, checking, combining
+# ===== loading, checking, combining
 
-def load(spec, device="cpu"):
-    """A spec (see the top of the file) -> Reward. UserError: unknown name, bad weight, files that cannot be had."""
-    weights = parse(spec)
-    return Reward(spec, {name: build(name, device) for name in weights}, weights)
+def load(spec, device="cpu", watch=""):
+    """A spec (see the top of the file), or a callable -> Reward; watch: a spec of rewards that are
+    scored on request and never ranked on. UserError: unknown name, bad weight, missing files."""
+    if callable(spec):
+        name = getattr(spec, "__name__", type(spec).__name__)
+        weights, parts = {name: 1.0}, {name: spec}
+    else:
+        weights = parse(spec)
+        parts = {name: build(name, device) for name in weights}
+    watched = {}
+    for name in parse(watch) if watch else ():
+        watched[name] = parts[name] if name in parts else build(name, device)
+    return Reward(str(spec), parts, weights, watched)
 
 
 def parse(spec):
-    """`name[=weight],...` -> {name: weight}, weights finite floats, 1.0 where none is given."""
+    """`name[=weight],...` -> {name: weight}: finite, not 0, and 1.0 where none is given."""
     weights = {}
     for item in str(spec).split(","):
         name, weight = item.strip(), "1"
@@ -74,20 +117,21 @@ def parse(spec):
         if name.count("=") and (last_pair is None or last_pair[1].count("=") > 1):
             name, _, weight = (text.strip() for text in name.rpartition("="))
         if not name:
-            raise UserError(f"reward {spec!r}: an item without a name; write name[=weight],name[=weight]")
+            raise UserError(f"reward {spec!r}: an item without a name; write name[=weight],...")
         if name in weights:
             raise UserError(f"reward {spec!r}: {name!r} is named twice")
         try:
             weights[name] = float(weight)
         except ValueError:
             raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} is not a number") from None
-        if not math.isfinite(weights[name]):
-            raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} is not finite")
+        if not math.isfinite(weights[name]) or weights[name] == 0:
+            raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} says nothing; expected a "
+                            "finite number that is not 0 (to log a reward only: --watch)")
     return weights
 
 
 def build(name, device="cpu"):
-    """One name of a spec -> its callable. UserError with the nearest names if it is none of the known forms."""
+    """One name of a spec -> its callable. UserError with the nearest names if it is none."""
     if name.startswith(("http://", "https://")):
         return Http(name)
     known, _, path = name.partition("@")
@@ -97,25 +141,20 @@ def build(name, device="cpu"):
     if source and attribute.isidentifier():
         return user_reward(name, source, attribute)
     near = difflib.get_close_matches(known, REWARDS, n=3, cutoff=0.5)
-    hint = f"name what it holds, {name}:function" if name.endswith(".py") else "for all names: python rewards.py list"
+    hint = (f"name what it holds, {name}:function" if name.endswith(".py")
+            else "for all names: python rewards.py list")
     raise UserError(f"unknown reward {name!r}{'; nearest: ' + ', '.join(near) if near else ''}; {hint}")
 
 
 def user_reward(name, source, attribute):
-    """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts); a class is instantiated."""
+    """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
     try:
-        if source.endswith(".py"):
-            path = Path(source).resolve()
-            sys.path.append(str(path.parent))  # so that the file may import its neighbours
-            spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        module = import_file(source) if source.endswith(".py") else importlib.import_module(source)
         reward = getattr(module, attribute)
         reward = reward() if inspect.isclass(reward) else reward
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
     try:
         inspect.signature(reward).bind("images", "prompts")
@@ -126,85 +165,121 @@ def user_reward(name, source, attribute):
     return reward
 
 
+def import_file(path):
+    """A .py file -> its module, as Python would import it: by its own name, inside its package. So a
+    spawned process finds it again, and a neighbour called rewards.py is the neighbour's."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    root, name = path.parent, path.stem
+    while (root / "__init__.py").exists():
+        root, name = root.parent, f"{root.name}.{name}"
+    aside = {}
+    for other, module in list(sys.modules.items()):
+        neighbour = root / f"{other}.py"
+        if other != "__main__" and neighbour.is_file():
+            origin = getattr(module, "__file__", None)
+            if not origin or not os.path.samefile(origin, neighbour):
+                aside[other] = sys.modules.pop(other)
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(root))
+        sys.path.append(str(root))
+        sys.modules.update(aside)
+
+
 class Reward:
     """One or several rewards behind one call, every answer checked.
 
-    name: the spec. parts: {name: callable}. weights: {name: float}.
-    """
+    name: the spec. parts: {name: callable} that rank, weights: {name: float}, watched: {name:
+    callable} that are only looked at."""
 
-    def __init__(self, name, parts, weights):
-        self.name, self.parts, self.weights = name, parts, weights
+    def __init__(self, name, parts, weights, watched=None):
+        self.name, self.parts, self.weights, self.watched = name, parts, weights, watched or {}
 
     def __call__(self, images, prompts):
-        """images, prompts as in `score` -> float32 (B,): `combine` over the candidates that share a prompt."""
-        scores, combined = self.score(images, prompts), torch.empty(len(prompts))
+        """images, prompts as in `score` -> float64 (B,): `combine` over those that share a prompt."""
+        scores = self.score(images, prompts)
+        combined = torch.empty(len(prompts), dtype=torch.float64)
         for prompt in dict.fromkeys(prompts):
             group = torch.tensor([i for i, other in enumerate(prompts) if other == prompt])
             combined[group] = self.combine({name: values[group] for name, values in scores.items()})
         return combined
 
-    def score(self, images, prompts):
-        """images: list of B PIL images, or a float tensor (B,3,H,W) in [0,1] on any device; prompts: list of B strings
-        -> {part: float32 CPU tensor (B,)}, native scales. UserError: a part raised, or did not give B real numbers."""
+    def score(self, images, prompts, watch=False):
+        """images: list of B PIL images, or a float tensor (B,3,H,W) in [0,1] on any device; prompts:
+        list of B strings -> {part: float64 CPU tensor (B,)}, native scales; with watch also
+        {"watch/NAME": (B,)}. UserError: a part raised, or did not give B real numbers."""
         if len(images) != len(prompts):
             raise UserError(f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts")
-        pictures, scores = images, {}
-        if isinstance(images, torch.Tensor):
-            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-                raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in [0,1], "
-                                f"not {images.dtype} {tuple(images.shape)}")
-            if not all(hasattr(part, "score_tensor") for part in self.parts.values()):
+        tensor = isinstance(images, torch.Tensor)
+        if tensor and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
+            raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in [0,1], "
+                            f"not {images.dtype} {tuple(images.shape)}")
+        parts = dict(self.parts)
+        if watch:
+            parts |= {f"watch/{name}": part for name, part in self.watched.items()}
+        pictures, scores = None if tensor else images, {}
+        for name, part in parts.items():
+            call = getattr(part, "score_tensor", None) if tensor else None
+            if not call and pictures is None:
                 pictures = to_pil(images)
-        for name, part in self.parts.items():
-            call = getattr(part, "score_tensor", None) if isinstance(images, torch.Tensor) else None
-            batch, call = (images, call) if call else (pictures, part)
             size = getattr(part, "batch_size", None) or max(len(prompts), 1)
-            chunks = [checked(name, call, batch[i:i + size], prompts[i:i + size])
-                      for i in range(0, len(prompts), size)]
-            scores[name] = torch.cat(chunks) if chunks else torch.empty(0)
+            chunks = [torch.empty(0, dtype=torch.float64)]
+            for i in range(0, len(prompts), size):
+                chunk = slice(i, i + size)  # copies: what a part does to them no other sees
+                own = images[chunk].clone() if call else [image.copy() for image in pictures[chunk]]
+                chunks.append(checked(name, call or part, own, list(prompts[chunk])))
+            scores[name] = torch.cat(chunks)
         return scores
 
     def combine(self, scores):
         """{part: (..., K)}, the K candidates of one prompt last -> (..., K).
 
-        One part: weight * score. Several: sum of weight * (score - mean) / std over the K candidates (population std);
-        a part that finds all candidates equal adds 0. A NaN in a part stands for that part's mean, so it adds 0 to its
-        candidate; a candidate on which every part is NaN stays NaN.
-        """
+        One part: weight * score. Several: sum of weight * (score - mean) / std over the K candidates
+        (population std); a part that finds all equal adds 0. A NaN in a part stands for that part's
+        mean; a candidate on which every part is NaN stays NaN. Watched parts are left out."""
+        scores = {name: scores[name] for name in self.weights}
         if len(scores) == 1:
             (name, values), = scores.items()
             return values * self.weights[name]
         total = sum(self.weights[name] * z_score(values) for name, values in scores.items())
         silent = torch.stack([values.isnan() for values in scores.values()]).all(0)
-        return total.masked_fill(silent, math.nan).float()
+        return total.masked_fill(silent, math.nan)
 
 
 def z_score(values):
-    """(..., K) -> float64 (..., K): (values - mean) / std over the last dimension, 0 at NaN and where all are equal."""
+    """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all are equal."""
     values, known = values.double(), ~values.isnan()
     count = known.sum(-1, keepdim=True).clamp(min=1)
     offset = torch.where(known, values - values.nansum(-1, keepdim=True) / count, 0)
     std = (offset.square().sum(-1, keepdim=True) / count).sqrt()
-    # equality is asked of the values: the rounding of their mean would leave a std of 1e-17, and z-scores of 1
+    # equality is asked of the values: the rounding of their mean would leave a std of 1e-17
     low = values.masked_fill(~known, math.inf).amin(-1, keepdim=True)
     high = values.masked_fill(~known, -math.inf).amax(-1, keepdim=True)
     return torch.where(high > low, offset / std, 0)
 
 
+@torch.no_grad()
 def checked(name, call, images, prompts):
-    """call(images, prompts), which must give len(images) real numbers or NaN -> float32 CPU tensor (B,)."""
+    """call(images, prompts), which must give len(images) real numbers or NaN -> float64 (B,)."""
     try:
         values = call(images, prompts)
     except (UserError, torch.OutOfMemoryError):  # the caller may know a smaller batch
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
-    says = f"reward {name!r}: returned"
-    rule = "a reward returns one float an image"
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.numpy() if values.dtype != torch.bfloat16 else values.float().numpy()
-    if isinstance(values, np.ndarray):
+    says, rule = f"reward {name!r}: returned", "a reward returns one float an image"
+    if isinstance(values, torch.Tensor) and values.ndim == 1:
+        if values.dtype == torch.bool or values.is_complex() or values.layout != torch.strided:
+            raise UserError(f"{says} a tensor of {values.dtype}, {values.layout}; {rule}")
+        if values.device.type == "meta":
+            raise UserError(f"{says} a meta tensor, which holds no values; {rule}")
+        values = values.detach().cpu().to(torch.float64).tolist()
+    if isinstance(values, (torch.Tensor, np.ndarray)):
         if values.ndim != 1:
             raise UserError(f"{says} an array of shape {tuple(values.shape)} for {len(images)} images; {rule}")
         values = values.tolist()
@@ -212,124 +287,54 @@ def checked(name, call, images, prompts):
         raise UserError(f"{says} {type(values).__name__}; {rule}")
     if len(values) != len(images):
         raise UserError(f"{says} {len(values)} scores for {len(images)} images; {rule}")
-    values = [v.item() if isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim == 0 else v for v in values]
+    scores = torch.empty(len(values), dtype=torch.float64)
     for i, value in enumerate(values):
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             shown = " ".join(repr(value).split())[:40]
             raise UserError(f"{says} {shown} ({type(value).__name__}) for image {i}; {rule}, NaN = no opinion")
-    scores = torch.tensor([float(value) for value in values], dtype=torch.float64).float()
-    if scores.isinf().any():
-        i = scores.isinf().nonzero()[0].item()
-        raise UserError(f"{says} {values[i]} for image {i}; a score is finite, or NaN for no opinion")
+        if math.isinf(value):
+            raise UserError(f"{says} {value} for image {i}; a score is finite, or NaN for no opinion")
+        scores[i] = float(value)
     return scores
 
 
-def to_pil(images):
-    """float (B,3,H,W) in [0,1] -> list of B PIL images, round(255 x)."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+def figures(scores, positive, negative, native):
+    """What a run logs of one prompt's scores: combined (K,), the anchors' masks, {part: (K,)}."""
+    known = scores[~scores.isnan()]
+    of_prompt = {"reward_mean": known.mean(), "reward_std": (known - known.mean()).square().mean().sqrt(),
+                 "reward_best": known.max() if len(known) else math.nan,
+                 "reward_worst": known.min() if len(known) else math.nan,
+                 "gap": scores[positive].mean() - scores[negative].mean(),
+                 "skipped": 1 - float(positive.any() and negative.any())}
+    for name, values in native.items():
+        if name.startswith("watch/"):
+            of_prompt[name] = values.nanmean()
+        elif len(native) - sum(key.startswith("watch/") for key in native) > 1:
+            of_prompt[f"part/{name}"] = values.nanmean()
+    return of_prompt
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in training: chunk by chunk, in time
-
-class Scorer:
-    """Collects the scores of a step, chunk by chunk: of the reward that ranks and of the watched ones."""
-
-    def __init__(self, reward, watched, timeout):
-        self.reward, self.watched, self.timeout, self.watching = reward, watched, timeout, False
-        self.reset()
-
-    def reset(self):
-        """Forget the step in hand."""
-        self.chunks, self.parts, self.watch = {}, {}, {}
-
-    def __call__(self, images, prompts):
-        """Score images (B,3,H,W) in [0,1] of B prompts."""
-        for reward, kept in [(self.reward, self.chunks)] + [(w, self.watch) for w in self.watched if self.watching]:
-            for name, scores in in_time(lambda: reward.score(images, prompts), self.timeout, reward.name).items():
-                kept.setdefault(name, []).append(scores)
-
-    def finish(self, P, K):
-        """The scores that rank, (P, K), of the chunks since the last call: P prompts of K candidates each."""
-        scores = {name: torch.cat(chunks).reshape(P, K) for name, chunks in self.chunks.items()}
-        for name, values in scores.items():
-            self.parts.setdefault(name, []).append(values.flatten())
-        self.chunks = {}
-        return self.reward.combine(scores)
-
-    def logged(self):
-        """Means of the parts of a combined reward and of the watched rewards, {name: float}; ends the step."""
-        parts = self.parts if len(self.parts) > 1 else {}
-        kept = {f"part/{k}": v for k, v in parts.items()} | {f"watch/{k}": v for k, v in self.watch.items()}
-        means = {k: float(torch.cat(v).double().nanmean()) for k, v in kept.items()}
-        self.reset()
-        return means
-
-
-class Worker(threading.Thread):
-    """A thread that runs one call after the other. It is kept between them: the attention plans of cuDNN belong to a
-    thread, and making them anew costs some 50 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.tasks = queue.SimpleQueue()
-        self.start()
-
-    def run(self):
-        while True:
-            self.answer(*self.tasks.get())  # a method of its own: nothing of a call stays in memory after it
-
-    def answer(self, call, device, answers):
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)  # a thread begins on GPU 0
-            with torch.no_grad():
-                answers.put((call(), None))
-        except BaseException as e:
-            answers.put((None, e))
-
-
-worker = None
-
-
-def in_time(call, seconds, name):
-    """call(), in a thread beside, so that a reward that hangs can be given up."""
-    global worker
-    if worker is None or not worker.is_alive():  # a process that was forked has no threads
-        worker = Worker()
-    answers = queue.SimpleQueue()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    worker.tasks.put((call, device, answers))
-    try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        worker = None  # it hangs: the next call gets another
-        raise UserError(f"reward {name!r}: no answer within {seconds:g} s (--reward-timeout)") from None
-    if error:
-        raise error
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files: from the hub, or from a local copy
+# ===== files from the web or from a local copy
 
 def pick(kind, name, options, also=""):
-    """options[name] (name itself where the options are a tuple), or one clear line with the nearest names."""
+    """options[name] (name itself where the options are a tuple), or one line with the nearest names."""
     if name in options:
         return options[name] if isinstance(options, dict) else name
-    near = difflib.get_close_matches(name, options, 3, 0.4) or list(options)
+    near = difflib.get_close_matches(str(name), options, 3, 0.4) or list(options)
     raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(near)}?{f' ({also})' if also else ''}")
 
 
 def fetch(url, sha256):
-    """Path of a file of the web, fetched once into ~/.cache/drpo (or $DRPO_CACHE) and checked against its checksum."""
-    path = Path(os.environ.get("DRPO_CACHE", Path.home() / ".cache" / "drpo")) / sha256[:12] / url.rsplit("/", 1)[-1]
+    """Path of a file of the web, fetched once into ~/.cache/drpo (or $DRPO_CACHE) and checked."""
+    cache = Path(os.environ.get("DRPO_CACHE", Path.home() / ".cache" / "drpo"))
+    path = cache / sha256[:12] / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"fetching {url}", file=sys.stderr)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as e:
             raise UserError(f"{url} could not be fetched ({e}); put the file at {path} and start again") from e
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
@@ -338,8 +343,8 @@ def fetch(url, sha256):
 
 
 def write_atomic(path, data, keep=None):
-    """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils nothing. What was there
-    before stays as `keep`."""
+    """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils
+    nothing. What was there before stays as `keep`."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -357,7 +362,7 @@ def write_atomic(path, data, keep=None):
 
 @contextmanager
 def fetching(name, files, repo, path):
-    """Turns whatever goes wrong while `files` are loaded into one UserError that says where they come from."""
+    """Turns whatever goes wrong while `files` are loaded into one line that says where they come from."""
     source = path or f"https://huggingface.co/{repo}"
     try:
         if path and not Path(path).exists():
@@ -366,6 +371,15 @@ def fetching(name, files, repo, path):
     except Exception as error:
         raise UserError(f"reward {name!r}: cannot load {files} from {source} ({one_line(error)}); "
                         f"for a local copy give {name}@/path/to/folder") from error
+
+
+def hub_trouble(name, error):
+    """What went wrong with a model of the hub, or with a local one, in one line."""
+    text = f"{type(error).__name__} {error} {error.__cause__}"
+    if re.search(r"\b40[13]\b|Gated", text):
+        return (f"{name} is gated or private, or does not exist (HTTP 401 or 403): accept its terms at "
+                f"https://huggingface.co/{name}, then: hf auth login")
+    return f"{name} could not be loaded ({one_line(error)})"
 
 
 def repo_file(repo, filename, path):
@@ -419,85 +433,7 @@ def takes_tensors(score, batch_size):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prompts, and pairs that somebody judged beforehand
-
-ANIMALS = """
-    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle
-    ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey
-    fly llama camel bat gorilla hedgehog kangaroo"""
-TOY = Path(__file__).resolve().parent / "toy"
-PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
-    "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
-    "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
-    "scenes": TOY / "captions_train.txt", "scenes-test": TOY / "captions_heldout.txt",
-    "animals": [f"a {a} {b}" for a in ANIMALS.split() for b in ("riding a bike", "playing chess", "washing dishes")],
-}
-
-
-def load_prompts(spec):
-    """A built-in name, a text file (a prompt a line) or a .jsonl with "prompt" -> list of prompts."""
-    source = PROMPTS.get(spec, spec)
-    if isinstance(source, list):
-        return source
-    path = fetch(*source) if isinstance(source, tuple) else Path(source)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
-        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as e:
-        raise UserError(f"prompts {path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
-    if path.suffix == ".jsonl":
-        lines = [json_line(path, n, line, prompt=str)["prompt"] for n, line in enumerate(lines, 1) if line]
-    if not any(lines):
-        raise UserError(f"prompts {path}: empty; expected a prompt a line")
-    return [line for line in lines if line]
-
-
-def json_line(path, n, line, **kinds):
-    """One line of a .jsonl -> dict that has these keys, of these types, none empty."""
-    try:
-        row = json.loads(line)
-        assert all(isinstance(row[k], kind) and row[k] for k, kind in kinds.items())
-        return row
-    except (ValueError, KeyError, TypeError, AssertionError):
-        want = ", ".join(f'"{k}": {"a list of files" if kind is list else "text"}' for k, kind in kinds.items())
-        raise UserError(f"{path}, line {n}: expected a JSON object with {want}") from None
-
-
-def load_pairs(path, anywhere=False):
-    """Offline pairs -> list of (prompt, [chosen files], [rejected files]), all in the folder of the .jsonl."""
-    path, out = Path(path), []
-    if not path.is_file():
-        raise UserError(f"pairs {path}: no such file; expected a .jsonl with prompt, chosen, rejected")
-    home = path.resolve().parent
-    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.strip():
-            row = json_line(path, n, line, prompt=str, chosen=list, rejected=list)
-            chosen, rejected = ([home / str(f) for f in row[side]] for side in ("chosen", "rejected"))
-            for file in chosen + rejected:
-                if not anywhere and not file.resolve().is_relative_to(home):
-                    raise UserError(f"{path}, line {n}: {file} lies outside {home} (--pairs-anywhere allows it)")
-                if not file.is_file():
-                    raise UserError(f"{path}, line {n}: {file} is missing")
-            out.append((row["prompt"], chosen, rejected))
-    if not out:
-        raise UserError(f"pairs {path}: empty; expected a line a prompt")
-    return out
-
-
-def load_pictures(files, side):
-    """Files of n pictures, resized to side x side -> (n,3,side,side) in [0,1]."""
-    try:
-        return torch.stack([as_tensor(Image.open(f).convert("RGB").resize((side, side), Image.BICUBIC)) for f in files])
-    except OSError as e:
-        raise UserError(f"pairs: {e}") from e
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rewards that need no model
+# ===== rewards that need no model
 
 def no_files(reward):
     """The factory of a reward that needs neither device nor files."""
@@ -509,6 +445,19 @@ def no_files(reward):
     return factory
 
 
+def scene(device="cpu", path=None):
+    """Pictures of coloured shapes against their captions, by a program: lab/scene.py:scene.
+
+    model    none: a program
+    licence  none
+    size     0
+    scale    0 to 1; the toy's captions alone, every other one gives NaN
+    source   lab/scene.py
+    compared nothing: it is the original
+    """
+    return user_reward("scene", str(HERE / "lab" / "scene.py"), "scene")
+
+
 def incompressibility(images, prompts):
     """Size of the picture as JPEG: detail, clutter, noise. The prompt is ignored.
 
@@ -517,6 +466,7 @@ def incompressibility(images, prompts):
     size     0
     scale    bytes / 1000 at quality 95; 512x512: flat grey 4.7, uniform noise 308
     source   Black et al. 2023 (DDPO), arXiv 2305.13301
+    compared DDPO's definition: the same bytes
     """
     def kilobytes(image):
         file = io.BytesIO()
@@ -534,180 +484,12 @@ def jpeg(images, prompts):
     size     0
     scale    -bytes / 1000 at quality 95; 512x512: flat grey -4.7, uniform noise -308
     source   Black et al. 2023 (DDPO), arXiv 2305.13301
+    compared DDPO's definition: the same bytes
     """
     return [-size for size in incompressibility(images, prompts)]
 
 
-SCENE_COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
-                "blue": (50, 118, 216), "purple": (150, 82, 192), "black": (50, 54, 64)}
-SCENE_SHAPES = ("circle", "square", "triangle")
-_COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-_SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-_NOUN = rf"(?:({'|'.join(_COUNTS)}) )?(?:({'|'.join(SCENE_COLORS)}) )?({'|'.join(SCENE_SHAPES)})(?:s)?"
-_CAPTION = re.compile(rf"(?:an? (?:photo|picture|drawing|image) of )?{_NOUN}(?: (and|{'|'.join(_SIDES)}) {_NOUN})?[.]?")
-
-
-def _parse(prompt):
-    """A caption -> (objects, side): a list of (shape, colour or None) and None or the unit vector from object 2 to
-    object 1. None for a caption that is not of this small language."""
-    match = _CAPTION.fullmatch(" ".join(prompt.lower().split()))
-    if not match:
-        return None
-    count, color, shape, joint, count2, color2, shape2 = match.groups()
-    objects = [(shape, color)] * _COUNTS[count or "a"]
-    if joint:
-        objects += [(shape2, color2)] * _COUNTS[count2 or "a"]
-    side = _SIDES.get(joint)
-    return None if side and len(objects) != 2 else (objects, side)
-
-
-def _components(mask, least):
-    """Connected regions (4 neighbours) of at least so many pixels of a boolean picture (H, W): a list of boolean
-    pictures, largest first. Each row's and column's unbroken runs take their largest label until nothing changes."""
-    def runs(m):
-        edge = np.ones(m.shape, bool)
-        edge[:, 1:] = m[:, 1:] != m[:, :-1]
-        starts = np.flatnonzero(edge)
-        return starts, np.diff(np.append(starts, m.size))
-
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    along, down, before = runs(mask), runs(mask.T), None
-    while before is None or not np.array_equal(before, labels):
-        before = labels
-        for starts, lengths in (along, down):  # transposed after each: columns are the rows of the transpose
-            labels = np.repeat(np.maximum.reduceat(labels.ravel(), starts), lengths).reshape(labels.shape).T
-    counts = np.bincount(labels.ravel())
-    counts[0] = 0
-    order = np.argsort(-counts, kind="stable")
-    return [labels == value for value in order[:np.count_nonzero(counts >= least)]]
-
-
-def _shape(mask):
-    """The shape of a region (H, W) and how well it fits, in [0, 1]: its overlap (intersection over union) with a
-    circle, a square and an upright triangle drawn into its own bounding box."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    region = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    height, width = region.shape
-    if not 0.6 < width / height < 1.67:
-        return None, 0.0
-    y, x = (np.arange(height)[:, None] + 0.5) / height * 2 - 1, (np.arange(width)[None] + 0.5) / width * 2 - 1
-    ideals = (x ** 2 + y ** 2 <= 1.02, np.ones_like(region), np.abs(x) <= (y + 1) / 2 + 1 / width)
-    fits = [(region & ideal).sum() / (region | ideal).sum() for ideal in ideals]
-    best = int(np.argmax(fits))
-    return SCENE_SHAPES[best], float(fits[best])
-
-
-def _look(image):
-    """A PIL picture -> (objects, readable). objects: a list of (shape, colour, x, y, size), x and y the centre and size
-    the square root of the area, all as fractions of the picture. readable: every region on the plain background is one
-    clean shape in one clean colour."""
-    pixels = np.asarray(image.convert("RGB").resize((64, 64)) if image.size != (64, 64) else image.convert("RGB"))
-    pixels = pixels.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = np.median(border, axis=0)
-    palette = np.array(list(SCENE_COLORS.values()), np.float32)
-    # How far each pixel has gone from the paper to each colour (0 to 1), and how far it lies beside that line.
-    toward = palette - paper
-    length = np.maximum((toward ** 2).sum(1), 1)
-    along = (pixels - paper) @ toward.T / length
-    far = np.linalg.norm(pixels - paper, axis=2)
-    beside = np.sqrt(np.maximum(far[..., None] ** 2 - along ** 2 * length, 0))
-    score = beside + 60 * np.abs(along - np.clip(along, 0, 1))
-    name = score.argmin(2)
-    cover = np.take_along_axis(along, name[..., None], 2)[..., 0]
-    inked = (cover > 0.5) & (far > 40)
-    objects, readable, stray = [], paper.min() > 190, int(inked.sum())
-    for region in _components(inked, least=25):
-        area = int(region.sum())
-        stray -= area
-        tint = np.median(pixels[region], axis=0)
-        distance = np.linalg.norm(palette - tint, axis=1)
-        color = int(distance.argmin())
-        inner = region & np.roll(region, 1, 0) & np.roll(region, -1, 0) & np.roll(region, 1, 1) & np.roll(region, -1, 1)
-        off = np.linalg.norm(pixels[inner] - palette[color], axis=1)  # away from the edge, where paper mixes in
-        shape, fit = _shape(region)
-        clean = distance[color] < 45 and (off > 60).mean() < 0.2 and fit > 0.8 if len(off) else False
-        readable = readable and bool(clean)
-        y, x = np.nonzero(region)
-        objects.append((shape if fit > 0.8 else None, list(SCENE_COLORS)[color] if distance[color] < 60 else None,
-                        float(x.mean() + 0.5) / 64, float(y.mean() + 0.5) / 64, area ** 0.5 / 64))
-    near = np.pad(inked, 1)
-    near = near[1:-1, 1:-1] | near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
-    noisy = ((far > 40) & ~near).sum()  # ink that belongs to no region
-    return objects, bool(readable and objects and len(objects) <= 6 and stray + noisy <= 20)
-
-
-def _score(image, prompt):
-    """The graded score of one picture: see scene."""
-    parsed = _parse(prompt)
-    if parsed is None:
-        return float("nan")
-    wanted, side = parsed
-    objects, readable = _look(image)
-    objects = objects[:6]
-    longer = max(len(wanted), len(objects), 1)
-    best = 0.0
-    for order in itertools.permutations(range(len(objects)), min(len(wanted), len(objects))):
-        pairs = [(want, objects[i]) for want, i in zip(wanted, order)]
-        # Fewer objects than wanted: try which of the wanted ones they are.
-        for chosen in ([pairs] if len(objects) >= len(wanted) else
-                       [[(w, objects[i]) for w, i in zip(some, order)]
-                        for some in itertools.combinations(wanted, len(objects))]):
-            value = sum(0.5 * (shape == o[0]) + 0.5 * (shape == o[0] if color is None else color == o[1])
-                        for (shape, color), o in chosen)
-            value /= longer
-            if side and len(chosen) == 2:
-                dx, dy = chosen[0][1][2] - chosen[1][1][2], chosen[0][1][3] - chosen[1][1][3]
-                ahead, across = dx * side[0] + dy * side[1], abs(dx * side[1]) + abs(dy * side[0])
-                value = value * 0.5 + 0.5 * (ahead > max(across, 0.05))
-            elif side:
-                value *= 0.5
-            best = max(best, value)
-    return best if readable else 0.5 * best
-
-
-def scene(images, prompts):
-    """How well pictures of coloured shapes follow their captions, 0 to 1, and exactly 1 only where all is right.
-
-    model    none: a program
-    licence  none
-    size     0
-    scale    0 to 1; the toy's captions alone, every other one gives NaN
-
-    A list of PIL pictures and one of captions -> a list of floats. The picture is split into regions by colour, each
-    region gets a shape and a colour, and the best assignment of regions to the caption's objects counts: half for the
-    shape and half for the colour of each, over the larger number of the two; then half for the side, if one is named.
-    An unreadable picture (smears, specks, unknown colours, nothing at all) gets half of that at most. A caption
-    outside the toy's language ("a red circle", "three blue squares", "a circle above a square") gives NaN: no opinion.
-    """
-    if len(images) != len(prompts):
-        raise ValueError(f"scene: {len(images)} images but {len(prompts)} prompts")
-    return [_score(image, prompt) for image, prompt in zip(images, prompts)]
-
-
-def _tag(prompt):
-    """The kind of a caption, by GenEval's names; None where scene has no opinion."""
-    parsed = _parse(prompt)
-    if parsed is None:
-        return None
-    objects, side = parsed
-    colored = all(color for _, color in objects)
-    if side:
-        return "position"
-    if len(objects) == 1:
-        return "colors" if colored else "single_object"
-    if len(set(objects)) == 1:
-        return "counting"
-    return "color_attr" if colored else "two_object"
-
-
-scene.tag = _tag
-scene.readable = lambda image: _look(image)[1]
-scene.correct = lambda images, prompts: [score == 1 for score in scene(images, prompts)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIP and its descendants
+# ===== CLIP and its descendants
 
 CLIP_L, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -726,47 +508,50 @@ def constants(channels, device):
     return torch.tensor(channels, device=device).view(3, 1, 1)
 
 
-def clip_pixels(images, device, size=224, whole=False):
-    """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP wants it.
+def clip_pixels(images, device, size=224, fit="floor"):
+    """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP does.
 
-    The short side is resized to `size` and the middle cut out; `whole` resizes the long side instead and pads with
-    black. A tensor goes through the same arithmetic as PIL's bicubic filter, rounding between its two passes included,
-    so that a picture scores the same before and after it is saved: where it shrinks, less than one value in a thousand
-    differs, by one level of 255; where it is enlarged, less than one in a hundred, by at most two.
-    """
+    fit "floor": the short side becomes `size` and the middle is cut out, an odd pixel left at the far side as in
+    transformers; "round": cut as torchvision does (other by a pixel for some shapes, never for squares); "pad": the
+    long side becomes `size`, the rest is black, in float and resized once, as HPSv2 does. A tensor goes through the
+    same arithmetic as PIL's bicubic filter, rounding between its two passes included, so that a picture scores the
+    same before and after it is saved. Pillow 13 itself resizes some shapes unlike Pillow 11 (300x801: 13% of the
+    values, by up to 8 levels); against Pillow 13 a smooth 768x768 differs in 0.42% of the values, a checkerboard in
+    4.5%, by one level."""
     if isinstance(images, torch.Tensor):
-        batches = [tensor_resize(images.to(device), size, whole)]
+        batches = [images.to(device)]
     else:
-        batches = [pil_resize(image, size, whole) for image in images]
+        batches = images
+    resize = pad_resize if fit == "pad" else crop_resize
     squares = []
-    for x in batches:
-        left, top = int((size - x.shape[-1]) / 2), int((size - x.shape[-2]) / 2)  # negative: cuts
+    for batch in batches:
+        x = resize(batch, size)  # (b,3,h,w), 0..1
+        left, top = (size - x.shape[-1]) / 2, (size - x.shape[-2]) / 2  # negative: cuts
+        left, top = (int(round(left)), int(round(top))) if fit == "round" else (int(left), int(top))
         squares.append(F.pad(x, (left, size - x.shape[-1] - left, top, size - x.shape[-2] - top)))
     mean, std = constants(CLIP_MEAN, device), constants(CLIP_STD, device)
-    return (torch.cat(squares).to(device) / 255 - mean) / std
+    return (torch.cat([x.to(device) for x in squares]) - mean) / std
 
 
-def resized(width, height, size, whole):
-    """(width, height) after the short (whole: the long) side became `size`."""
-    if whole:
-        return round(width * size / max(width, height)), round(height * size / max(width, height))
+def pad_resize(image, size):
+    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic, antialiased, not clamped."""
+    x = as_tensor(image)[None] if isinstance(image, Image.Image) else image.float().clamp(0, 1)
+    scale = size / max(x.shape[-2:])  # the product v * (size / longest), which rounds otherwise for 85 x 320
+    return F.interpolate(x, [round(v * scale) for v in x.shape[-2:]], mode="bicubic", antialias=True)
+
+
+def crop_resize(image, size):
+    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the short side `size`: 8 bits and PIL's bicubic filter."""
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     short = min(width, height)
-    return int(size * width / short), int(size * height / short)
-
-
-def pil_resize(image, size, whole):
-    """PIL image -> float (1,3,h,w) with values 0..255."""
-    small = image.convert("RGB").resize(resized(*image.size, size, whole), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
-
-
-def tensor_resize(x, size, whole):
-    """float (B,3,H,W) in [0,1] -> float (B,3,h,w) with values 0..255: PIL's bicubic filter, columns and then rows."""
-    width, height = resized(x.shape[-1], x.shape[-2], size, whole)
-    x = (x.float().clamp(0, 1) * 255).round()
-    for shape in ((x.shape[-2], width), (height, width)):
+    width, height = int(size * width / short), int(size * height / short)
+    if isinstance(image, Image.Image):
+        small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return as_tensor(small)[None]
+    x = (image.float().clamp(0, 1) * 255).round()
+    for shape in ((x.shape[-2], width), (height, width)):  # columns, then rows
         x = F.interpolate(x, size=shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
-    return x
+    return x / 255
 
 
 class Clip:
@@ -775,15 +560,15 @@ class Clip:
     The embedding of each prompt is computed once and kept: all candidates of a prompt share it.
     """
 
-    def __init__(self, model, tokenize, device, whole=False):
-        self.tokenize, self.whole, self.known = tokenize, whole, {}
+    def __init__(self, model, tokenize, device, fit="floor"):
+        self.tokenize, self.fit, self.known = tokenize, fit, {}
         self.size, self.scale = model.config.vision_config.image_size, model.logit_scale.float().exp().item()
         self.model = model.to(device, half_on(device))  # after the scale: in half precision it would be 0.2% off
 
     @torch.no_grad()
     def image(self, images):
         """list of PIL images or (B,3,H,W) in [0,1] -> (B,D)."""
-        pixels = clip_pixels(images, self.model.device, self.size, self.whole).to(self.model.dtype)
+        pixels = clip_pixels(images, self.model.device, self.size, self.fit).to(self.model.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
@@ -807,31 +592,11 @@ class Clip:
         return (self.image(images) * self.text(texts)).sum(-1)
 
 
-def clip_at(name, repo, device, path):
+def clip_at(name, repo, device, path, fit="floor"):
     """CLIP from a folder or the hub -> Clip."""
     from transformers import CLIPModel
     with fetching(name, "config.json, model.safetensors and the tokenizer", repo, path):
-        return Clip(frozen(CLIPModel, path or repo), tokenizer_at(repo, path, 77), device)
-
-
-def random_clip(device):
-    """ViT-H-14 with random weights and a hash for a tokenizer: no download, the true cost, meaningless scores."""
-    from transformers import CLIPConfig, CLIPModel
-    config, default = CLIPConfig(**VIT_H), torch.get_default_dtype()
-    begin, end, length = config.text_config.bos_token_id, config.text_config.eos_token_id, 77
-
-    def tokenize(texts):
-        rows = [[begin, *(zlib.crc32(word.encode()) % begin for word in text.split()[:length - 2])] for text in texts]
-        return {"input_ids": torch.tensor([row + [end] * (length - len(row)) for row in rows])}
-    gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    try:
-        torch.set_default_dtype(half_on(device))
-        with torch.random.fork_rng(gpus), torch.device(device):  # made on the device: no copy of 2 GB
-            torch.manual_seed(0)
-            model = CLIPModel(config)
-    finally:
-        torch.set_default_dtype(default)
-    return Clip(model.eval().requires_grad_(False), tokenize, device)
+        return Clip(frozen(CLIPModel, path or repo), tokenizer_at(repo, path, 77), device, fit)
 
 
 def pickscore(device="cpu", path=None):
@@ -842,9 +607,11 @@ def pickscore(device="cpu", path=None):
     size     3.9 GB
     scale    exp(logit_scale) * cosine, 20 to 23: the scale is about 100, so these are papers' "PickScore x 100"
     source   Kirstain et al. 2023, arXiv 2305.01569
-    path     a copy of the repository; `pickscore@random`: random weights of the true size, to measure time
+    compared the model card's code, transformers: 7e-6 of a spread of 1.9; fp16 (on a GPU; the original runs float32)
+             costs 0.0074 of a spread of 0.27, order kept
+    path     a copy of the repository
     """
-    model = random_clip(device) if path == "random" else clip_at("pickscore", PICKSCORE, device, path)
+    model = clip_at("pickscore", PICKSCORE, device, path)
     return takes_tensors(lambda images, prompts: model.scale * model.cosine(images, prompts), 256)
 
 
@@ -856,27 +623,37 @@ def clip(device="cpu", path=None):
     size     1.7 GB
     scale    cosine, 0.2 to 0.3
     source   Radford et al. 2021, arXiv 2103.00020
+    compared CLIPModel with its own processor, transformers: 6e-8; fp16 costs 1.4e-4, order kept
     path     a copy of the repository
     """
     model = clip_at("clip", CLIP_L, device, path)
     return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
 
 
+AESTHETIC = ("https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
+             "6934dd81792f086e613a121dbce43082cb8be85e/sac+logos+ava1-l14-linearMSE.pth",
+             "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0")  # 3,714,759 bytes
+
+
 def aesthetic(device="cpu", path=None):
     """How much people like the picture; the prompt is ignored.
 
-    model    aesthetic-model.pth of trl-lib/ddpo-aesthetic-predictor, on openai/clip-vit-large-patch14
+    model    sac+logos+ava1-l14-linearMSE.pth (LAION), on openai/clip-vit-large-patch14
     licence  Apache-2.0 (head), MIT (CLIP's code)
     size     1.7 GB
     scale    4 to 7 of 1 to 10
-    source   LAION, github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth)
-    path     the head's file (CLIP from the hub), or a folder with aesthetic-model.pth and a copy of the CLIP repository
+    source   github.com/christophschuhmann/improved-aesthetic-predictor 6934dd81
+    compared that repository's code with the real head, random CLIP: the same crops; fp16 costs 0.002, order kept
+    path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth) and a copy of CLIP
     """
-    repo, file = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
-    with fetching("aesthetic", file, repo, path):
-        weights = torch.load(repo_file(repo, file, path), map_location="cpu", weights_only=True)
+    file = Path(path) if path else None
+    if file and file.is_dir():
+        names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
+        file = next((file / name for name in names if (file / name).exists()), file / names[0])
+    with fetching("aesthetic", "the head", "trl-lib/ddpo-aesthetic-predictor", path):
+        weights = torch.load(file or fetch(*AESTHETIC), map_location="cpu", weights_only=True)
         head = linear_head(weights, "", device)
-    model = clip_at("aesthetic", CLIP_L, device, path if path and Path(path).is_dir() else None)
+    model = clip_at("aesthetic", CLIP_L, device, path if path and Path(path).is_dir() else None, "round")
     return takes_tensors(torch.no_grad()(lambda images, prompts: head(model.image(images))), 256)
 
 
@@ -888,7 +665,10 @@ def hpsv2(device="cpu", path=None):
     size     2.0 GB
     scale    cosine, 0.25 to 0.31
     source   Wu et al. 2023, arXiv 2306.09341
-    path     the .pt file, or a folder with it and, to stay off the hub, the files of any CLIP tokenizer
+    compared hpsv2 1.2.0 of PyPI: pictures 0.0 levels apart; texts, 3 of 25,432 Pick-a-Pic prompts get other tokens.
+             Figures of HPSv2 depend on antialiasing: without it scores move by up to 0.021
+    path     the .pt file of version 2.1 or 2.0 (HPS_v2_compressed.pt, which DrPO's authors use), or a folder with the
+             2.1 file and, to stay off the hub, the files of any CLIP tokenizer
     """
     from transformers import CLIPConfig, CLIPModel
     repo, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -896,8 +676,18 @@ def hpsv2(device="cpu", path=None):
         weights = torch.load(repo_file(repo, file, path), map_location="cpu", weights_only=True)["state_dict"]
         model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=from_open_clip(weights))
     with fetching("hpsv2", "the tokenizer", PICKSCORE, None):
-        model = Clip(model, tokenizer_at(PICKSCORE, path, 77), device, whole=True)
+        tokenize = tokenizer_at(PICKSCORE, path, 77)
+        model = Clip(model, lambda texts: tokenize([repaired(text) for text in texts]), device, "pad")
     return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
+
+
+def repaired(text):
+    """What open_clip's tokenizer does to a text first, without ftfy: HTML entities, quotes, wide letters, ligatures."""
+    text = html.unescape(html.unescape(text))
+    text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
+    text = re.sub("[\u201c-\u201f]", '"', text)
+    text = re.sub("[\uff01-\uff5e\u3000\ufb00-\ufb06]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
+    return unicodedata.normalize("NFC", text).strip()
 
 
 OPEN_CLIP_NAMES = [  # (open_clip's, transformers')
@@ -934,8 +724,7 @@ def from_open_clip(weights):
     return converted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ImageReward
+# ===== ImageReward
 
 BLIP_TEXT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
                  vocab_size=30524, layer_norm_eps=1e-12, encoder_hidden_size=1024)
@@ -956,6 +745,8 @@ def imagereward(device="cpu", path=None):
     size     1.8 GB
     scale    about -2 to 2, normalised to mean 0 and std 1 over its training pictures
     source   Xu et al. 2023, arXiv 2304.05977
+    compared image-reward 1.5 of PyPI: 0 where the crop agrees, which it does now; fp16 (on a GPU; the original runs
+             float32) costs 0.011 of a spread of 4.3, order kept
     path     ImageReward.pt, or a folder with it and, to stay off the hub, the files of bert-base-uncased's tokenizer
     """
     with fetching("imagereward", "ImageReward.pt", "THUDM/ImageReward", path):
@@ -968,7 +759,7 @@ def imagereward(device="cpu", path=None):
 
     @torch.no_grad()
     def score(images, prompts):
-        pixels = clip_pixels(images, device, vision.config.image_size).to(vision.dtype)
+        pixels = clip_pixels(images, device, vision.config.image_size, "round").to(vision.dtype)
         patches = vision(pixel_values=pixels).last_hidden_state  # (B, 1 + patches, D)
         tokens = tokenize(list(prompts)).to(device)
         read = text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches)
@@ -992,25 +783,37 @@ def from_blip(weights, device):
     return vision.to(device, half_on(device)), text.to(device, half_on(device))
 
 
+HPSV3_TOKENS = ("<|Reward|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>",
+                "<|endoftext|>", "<|video_pad|>")  # in a prompt they would be read as the model's own
+
+
 def hpsv3(device="cpu", path=None):
     """Human preference, version 3, through its authors' package.
 
-    model    MizzenAI/HPSv3 (Qwen2-VL-7B), loaded by the package hpsv3 of PyPI
-    licence  see the package
-    size     16.6 GB
+    model    MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct (another 16.6 GB, downloaded first), by the package hpsv3
+    licence  MIT (package and weights), Apache-2.0 (Qwen2-VL)
+    size     16.6 GB + 16.6 GB
     scale    mean of the predicted preference, in the package's own unit
     source   Ma et al. 2025, arXiv 2508.03789
+    compared hpsv3's own call on a tiny random Qwen2-VL: the arguments and the first component
     path     the package's checkpoint file. The package pins old libraries: install it in an environment of its own, run
              `python rewards.py serve hpsv3` there and use `--reward http://127.0.0.1:8000` here
     """
+    install = "in an environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, then: python rewards.py " \
+              "serve hpsv3; then here http://HOST:8000"
     try:
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is no checkpoint file")
         from hpsv3 import HPSv3RewardInferencer
-    except ImportError as error:
-        raise UserError(f"reward 'hpsv3': its package cannot be imported ({one_line(error)}); in an environment of its "
-                        "own: pip install hpsv3, python rewards.py serve hpsv3; then here http://HOST:8000") from None
-    model = HPSv3RewardInferencer(device=str(device), **({"checkpoint_path": path} if path else {}))
+        model = HPSv3RewardInferencer(device=str(device), **({"checkpoint_path": str(path)} if path else {}))
+    except Exception as error:
+        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); {install}") from error
 
+    @torch.no_grad()  # else each call would keep a graph of 7 billion parameters
     def score(images, prompts):
+        for prompt, token in itertools.product(dict.fromkeys(prompts), HPSV3_TOKENS):
+            if token in prompt:
+                raise UserError(f"reward 'hpsv3': the prompt {prompt[:60]!r} holds its special token {token}")
         with tempfile.TemporaryDirectory() as folder:
             paths = [os.path.join(folder, f"{i}.png") for i in range(len(images))]
             for image, file in zip(images, paths):
@@ -1020,8 +823,7 @@ def hpsv3(device="cpu", path=None):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GenEval: does the picture hold the objects that the prompt asks for, in number, colour and place?
+# ===== GenEval: does the picture hold the objects that the prompt asks for, in number, colour and place?
 
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
 parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
@@ -1032,7 +834,9 @@ tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrig
 teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
 COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-GENEVAL_PROMPTS = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
+GENEVAL_PROMPTS = ("https://raw.githubusercontent.com/djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f/"
+                   "prompts/evaluation_metadata.jsonl",
+                   "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13")  # 85,209 bytes
 
 
 class Found(NamedTuple):
@@ -1043,11 +847,13 @@ class Found(NamedTuple):
 
 
 def confident(objects, tag):
-    """{class: [Found]} -> the same, best first, without those at or below the threshold (0.9 when the prompt counts,
-    else 0.3), and at most 16 of a class."""
-    threshold = 0.9 if tag == "counting" else 0.3
-    return {name: sorted((f for f in found if f.score > threshold), key=lambda f: -f.score)[:16]
-            for name, found in objects.items()}
+    """{class: [Found]} -> the same, best first (of equal ones the last), without those at or below the threshold (0.9
+    when the prompt counts, else 0.3), and at most 16 of a class."""
+    threshold, kept = 0.9 if tag == "counting" else 0.3, {}
+    for name, found in objects.items():
+        ordered = sorted(found, key=lambda f: f.score)[::-1]
+        kept[name] = [f for f in ordered if f.score > threshold][:16]
+    return kept
 
 
 def relative_position(a, b):
@@ -1211,32 +1017,19 @@ class GenEval:
         return names
 
 
-def as_tensor(image):
-    """PIL image -> (3,H,W) in [0,1]; a tensor stays as it is."""
-    if isinstance(image, torch.Tensor):
-        return image.float()
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
 def geneval_metadata(path=None):
     """The 553 prompts of the benchmark, from a file or its repository -> {prompt: {"tag", "include", "exclude"?}}."""
-    if path is None:
-        path = Path(torch.hub.get_dir()) / "geneval_evaluation_metadata.jsonl"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(GENEVAL_PROMPTS, str(path), progress=False)
     metadata = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in lines_of(read_text(path or fetch(*GENEVAL_PROMPTS))):
         try:
-            if line.strip():
-                wanted = json.loads(line)
-                missing = {"prompt", "tag", "include"} - set(wanted)
-                if missing:
-                    raise ValueError(f"it lacks {sorted(missing)}")
-                unknown = {c["class"] for c in wanted["include"] + wanted.get("exclude", [])} - set(COCO)
-                if unknown:
-                    raise ValueError(f"classes that COCO lacks: {sorted(unknown)}")
-                metadata[wanted["prompt"]] = wanted
+            wanted = json.loads(line)
+            missing = {"prompt", "tag", "include"} - set(wanted)
+            if missing:
+                raise ValueError(f"it lacks {sorted(missing)}")
+            unknown = {c["class"] for c in wanted["include"] + wanted.get("exclude", [])} - set(COCO)
+            if unknown:
+                raise ValueError(f"classes that COCO lacks: {sorted(unknown)}")
+            metadata[wanted["prompt"]] = wanted
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number}: {one_line(error)}") from error
     return metadata
@@ -1249,7 +1042,9 @@ def geneval(device="cpu", path=None):
     licence  MIT (benchmark)
     size     2.0 GB
     scale    dense 0 to 1; strict accuracy, mean of six tags: SD1.5 0.43, SD2.1 0.50, SDXL 0.55
-    source   Ghosh et al. 2023, arXiv 2310.11513; prompts from main of github.com/djghosh13/geneval
+    source   Ghosh et al. 2023, arXiv 2310.11513; prompts of github.com/djghosh13/geneval af4902f2
+    compared its evaluation script: 0 disagreements in 11,060 detections over all 553 prompts. The official detector is
+             mmdet's checkpoint, this one Facebook's of the same architecture: quoted figures are not strictly comparable
     path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in mask2former/ and clip/
     """
     folder = Path(path) if path and Path(path).is_dir() else None
@@ -1259,16 +1054,15 @@ def geneval(device="cpu", path=None):
     try:
         metadata = geneval_metadata(local("evaluation_metadata.jsonl") if folder else path)
     except Exception as error:
-        raise UserError(f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS} ({one_line(error)}); for a local "
+        raise UserError(f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS[0]} ({one_line(error)}); for a local "
                         "copy give geneval@/path/to/evaluation_metadata.jsonl") from error
     repo = "facebook/mask2former-swin-small-coco-instance"
     with fetching("geneval", "the detector", repo, local("mask2former")):
         detect = Detector(local("mask2former") or repo, device)
-    return GenEval(detect, clip_at("geneval", CLIP_L, device, local("clip")), metadata, device)
+    return GenEval(detect, clip_at("geneval", CLIP_L, device, local("clip"), "round"), metadata, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rewards behind a URL
+# ===== rewards behind a URL
 
 WAITING = set()  # URLs whose trouble has been told
 
@@ -1288,11 +1082,13 @@ def post_json(url, payload, token, who):
     body = json.dumps(payload).encode()
     patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 300)
     deadline, pause = time.monotonic() + patience, 0.5
+    here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy to this machine
     while True:
         asked = 0
         try:
             try:
-                answer = urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout)
+                answer = opener.open(urllib.request.Request(url, body, headers), timeout=timeout)
             except urllib.error.HTTPError as refusal:
                 answer = refusal
             with answer:
@@ -1304,7 +1100,10 @@ def post_json(url, payload, token, who):
             asked = int(given) if given.isdecimal() else 0
             if status < 400:
                 WAITING.discard(url)
-                return parsed(text, who)
+                value = parsed(text, who)
+                if isinstance(value, dict) and value.get("error"):  # some servers say so with status 200
+                    raise UserError(f"{who}: it answered with an error: {' '.join(str(value['error']).split())[:200]}")
+                return value
             if status != 429 and status < 500:
                 raise UserError(f"{who}: {trouble}")
         left = deadline - time.monotonic()
@@ -1375,35 +1174,69 @@ class Vlm:
 
     def __init__(self, address):
         parts = checked_url(f"vlm@{address}", address)
-        self.model = urllib.parse.parse_qs(parts.query).get("model", [None])[0]
-        if not self.model:
-            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME")
+        query = urllib.parse.parse_qs(parts.query)
+        self.model, tokens = query.get("model", [None])[0], query.get("tokens", ["1024"])[0]
+        if not self.model or not tokens.isdecimal():
+            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME&tokens=1024")
         base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self.url, self.unparsed, self.lock = base + "/v1/chat/completions", 0, threading.Lock()
+        self.options = {"temperature": 0, "max_tokens": int(tokens)}
 
     def __call__(self, images, prompts):
         """list of PIL images, list of prompts -> list of floats; eight questions at a time."""
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.ask, images, prompts))
+            return list(pool.map(self.score, images, prompts))
 
-    def ask(self, image, prompt):
-        """One picture -> its score, 0 to 10, or NaN."""
-        picture = {"url": "data:image/jpeg;base64," + base64_image(image, "JPEG", quality=95)}
-        content = [{"type": "image_url", "image_url": picture},
-                   {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}]
+    def ask(self, content):
+        """A message -> the text of the reply, or None. Newer models of OpenAI refuse max_tokens and a temperature: then
+        they are asked once more, and from then on, in their own words."""
         token = os.environ.get("VLM_TOKEN") or os.environ.get("OPENAI_API_KEY")
-        answer = post_json(self.url, {"model": self.model, "messages": [{"role": "user", "content": content}],
-                                      "temperature": 0, "max_tokens": 256}, token, f"reward 'vlm' at {self.url}")
+        message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        who, options = f"reward 'vlm' at {self.url}", self.options
         try:
-            reply = answer["choices"][0]["message"]["content"]
-            score = float(re.findall(r"score\W*?(-?\d+(?:\.\d+)?)", reply, re.IGNORECASE)[-1])
-        except (KeyError, IndexError, TypeError):
-            score = math.nan
-        if not 0 <= score <= 10:
+            answer = post_json(self.url, {**message, **options}, token, who)
+        except UserError as error:
+            if "HTTP 400" not in str(error) or "max_tokens" not in options or not re.search(
+                    "max_tokens|temperature", str(error)):
+                raise
+            self.options = {"max_completion_tokens": options["max_tokens"]}
+            answer = post_json(self.url, {**message, **self.options}, token, who)
+        try:
+            reply = answer["choices"][0]["message"]
+            return reply.get("content") or reply.get("reasoning_content")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return None
+
+    def score(self, image, prompt):
+        """One picture -> its score, 0 to 10, or NaN; the first reply without one is shown."""
+        reply = self.ask([image_part(image), {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}])
+        score = number_in(reply)
+        if score is None:
             with self.lock:
                 self.unparsed += 1
+            if self.unparsed == 1:
+                shown = " ".join(str(reply).split())[:120]
+                print(f"reward 'vlm': no score from 0 to 10 in the reply {shown!r}: no opinion", file=sys.stderr)
             return math.nan
         return score
+
+
+def image_part(image):
+    """PIL image -> the part of a message that shows it."""
+    url = "data:image/jpeg;base64," + base64_image(image, "JPEG", quality=95)
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def number_in(reply):
+    """The score of a reply, or None: the last number after the word score ("Score (0-10): 8", "the score is **7,5**",
+    "score: 8/10"), else a reply that is one number alone, also as "8/10"."""
+    text = re.sub(r"[*_`]|\(0\s*(?:-|to|\u2013)\s*10\)", "", str(reply or ""))
+    number = r"(-?\d+(?:[.,]\d+)?)(?:\s*/\s*10\b|\s+out of 10\b)?"
+    found = re.findall(r"\bscore\b\s*(?:is|of|=|:)?\s*:?\s*" + number + r"(?!\s*(?:-|to\b|/|\d))", text, re.I)
+    alone = re.fullmatch(r"\W*?" + number + r"\W*", text)
+    value = found[-1] if found else alone[1] if alone else None
+    value = float(value.replace(",", ".")) if value else None
+    return value if value is not None and 0 <= value <= 10 else None
 
 
 def vlm(device="cpu", path=None):
@@ -1414,15 +1247,15 @@ def vlm(device="cpu", path=None):
     size     0
     scale    0 to 10; a reply without such a number is NaN
     source   the question is VLM_QUESTION in this file
-    path     the endpoint: vlm@http://host:port/v1?model=NAME
+    compared nothing: the question is ours
+    path     the endpoint: vlm@http://host:port/v1?model=NAME, with &tokens=N the most tokens of a reply (1,024)
     """
     if not path:
         raise UserError("reward 'vlm': name the endpoint, vlm@http://host:port/v1?model=NAME")
     return Vlm(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# serving
+# ===== serving
 
 class Handler(BaseHTTPRequestHandler):
     """POST /score {"prompts": [...], "images": [base64 PNG, JPEG or WebP, ...]} -> {"scores": [number or null, ...]};
@@ -1512,9 +1345,9 @@ def decoded(i, text):
     except (binascii.Error, ValueError, TypeError):
         raise Refused(400, f"image {i} is not base64") from None
     try:
-        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
-    except Exception as error:
-        raise Refused(400, f"image {i} is not a PNG, JPEG or WebP file: {one_line(error)}") from None
+        return read_picture(io.BytesIO(data), ("PNG", "JPEG", "WEBP"))
+    except UserError as error:
+        raise Refused(400, f"image {i} is not a PNG, JPEG or WebP file: {error}") from None
 
 
 def server(reward, host="127.0.0.1", port=8000, token=None, max_body=256 * 2**20):
@@ -1530,33 +1363,603 @@ def server(reward, host="127.0.0.1", port=8000, token=None, max_body=256 * 2**20
     return bound
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the names, and the command line
+# ===== prompts, pairs and pictures: read as what they are, or refused by name
+
+ANIMALS = """
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
+    beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig
+    turkey fly llama camel bat gorilla hedgehog kangaroo"""
+DEEDS = ("riding a bike", "playing chess", "washing dishes")
+PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
+PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
+    "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
+    "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
+    "scenes": HERE / "lab" / "toy" / "captions_train.txt",
+    "scenes-test": HERE / "lab" / "toy" / "captions_heldout.txt",
+    "animals": [f"a {animal} {deed}" for animal in ANIMALS.split() for deed in DEEDS],
+}
+
+
+def read_text(path):
+    """A text file: UTF-8, or what its byte order mark says. UserError names the first wrong byte."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start} is 0x{data[e.start]:02x}); save it as UTF-8") from e
+
+
+def lines_of(text):
+    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text. With their numbers."""
+    return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()]
+
+
+def load_prompts(spec):
+    """A built-in name, or a file -> list of prompts. A .txt, .prompts, or one without an ending: a prompt
+    a line; .jsonl, .ndjson: an object a line; .json: an array; .csv, .tsv: a table with a header. Objects
+    and tables hold "prompt", "caption" or "text"."""
+    source = PROMPTS.get(spec, spec)
+    if isinstance(source, list):
+        return source
+    path = fetch(*source) if isinstance(source, tuple) else Path(source)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
+        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
+    text, ending = read_text(path), path.suffix.lower()
+    if ending in (".jsonl", ".ndjson"):
+        rows = [(n, json_value(path, n, line)) for n, line in lines_of(text)]
+    elif ending == ".json":
+        rows = json_value(path, 1, text)
+        if not isinstance(rows, list):
+            raise UserError(f"prompts {path}: expected a JSON array of strings or of objects with \"prompt\"")
+        rows = list(enumerate(rows, 1))
+    elif ending in (".csv", ".tsv"):
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if ending == ".tsv" else ",")
+        rows = list(enumerate(table, 2))
+    elif ending in (".txt", ".prompts", ""):
+        rows = lines_of(text)
+    else:
+        raise UserError(f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a line), .jsonl, "
+                        ".ndjson, .json, .csv or .tsv")
+    prompts = [prompt_of(path, n, row) for n, row in rows]
+    if not prompts:
+        raise UserError(f"prompts {path}: empty; expected a prompt a line")
+    return prompts
+
+
+def prompt_of(path, n, row):
+    """A row of a prompt file, text or an object -> its prompt."""
+    if isinstance(row, dict):
+        row = next((row[key] for key in ("prompt", "caption", "text") if row.get(key)), None)
+    if not isinstance(row, str) or not row.strip():
+        raise UserError(f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" or "text"')
+    try:
+        row.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{path}, entry {n}: half of a surrogate pair ({row[e.start]!a}) is no text") from e
+    return row.strip()
+
+
+def json_value(path, n, text):
+    """JSON text -> its value."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}, line {n}: not JSON ({one_line(e)})") from e
+
+
+def load_pairs(path):
+    """Offline pairs -> list of (prompt, [chosen files], [rejected files]), all in the folder of the
+    .jsonl; every picture is opened now, so that a bad one is named before the run begins."""
+    path, pairs = Path(path), []
+    home = path.resolve().parent
+    for n, line in lines_of(read_text(path)):
+        row = json_value(path, n, line)
+        sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, dict) else []
+        if not sides or not all(isinstance(side, list) and side for side in sides):
+            raise UserError(f'{path}, line {n}: expected an object with "prompt": text, "chosen": a list of files, '
+                            '"rejected": a list of files')
+        prompt = prompt_of(path, n, {"prompt": row.get("prompt")})
+        chosen, rejected = ([home / str(file) for file in side] for side in sides)
+        for file in chosen + rejected:
+            if not file.resolve().is_relative_to(home):
+                raise UserError(f"{path}, line {n}: {file} lies outside {home}; put the pictures beside the list")
+            read_picture(file)
+        pairs.append((prompt, chosen, rejected))
+    if not pairs:
+        raise UserError(f"pairs {path}: empty; expected a line a prompt")
+    return pairs
+
+
+def read_picture(source, formats=None):
+    """A picture file, or one open in memory -> PIL RGB as people see it: turned as EXIF says, 16-bit
+    grey scaled, alpha on white, the first frame. UserError names the file."""
+    try:
+        image = Image.open(source, formats=formats)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, dtype=np.float64)
+            top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
+            image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as e:  # truncated, too large for Pillow, no picture at all
+        raise UserError(f"{getattr(source, 'name', source)}: not a readable picture ({one_line(e)})") from e
+
+
+def load_pictures(files, side):
+    """Files of n pictures -> (n,3,side,side) in [0,1]: the middle square, resized."""
+    pictures = []
+    for file in files:
+        square = ImageOps.fit(read_picture(file), (side, side), Image.Resampling.BICUBIC)
+        pictures.append(as_tensor(square))
+    return torch.stack(pictures)
+
+
+def as_tensor(image):
+    """PIL image -> (3,H,W) in [0,1]; a tensor stays as it is."""
+    if isinstance(image, torch.Tensor):
+        return image.float()
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_pil(images):
+    """float (B,3,H,W) in [0,1] -> list of B PIL images, round(255 x)."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def picture_grid(rows, captions, labels):
+    """Rows of PIL pictures under captions (one a column), labels at the left -> one PIL picture."""
+    width = rows[0][0].width
+    side = 256 if width >= 256 else width * max(1, 160 // width)  # small ones by a whole factor
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(14)
+    texts = ["\n".join(textwrap.wrap(caption, side // 7)[:4]) for caption in captions]
+    labels = ["\n".join(textwrap.wrap(label, 14)) for label in labels]
+    top = 14 + 17 * max(text.count("\n") + 1 for text in texts)
+    left = 18 + max(int(bold.getlength(line)) for label in labels for line in label.split("\n"))
+    size = left + len(captions) * (side + 5), top + len(rows) * (side + 5)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for column, text in enumerate(texts):  # captions stand on the pictures
+        draw.multiline_text((left + column * (side + 5), top - 6), text, "#22262e", font, "ld", 3)
+    for y, pictures, label in zip(range(top, size[1], side + 5), rows, labels):
+        draw.multiline_text((8, y + side // 2), label, "#22262e", bold, "lm", 3)
+        for column, picture in enumerate(pictures):
+            method = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            x = left + column * (side + 5)
+            grid.paste(picture.resize((side, side), method), (x, y))
+            draw.rectangle((x, y, x + side - 1, y + side - 1), outline="#d5d8de")
+    return grid
+
+
+# ===== the folder of a run
+
+class RunFolder:
+    """A run's own folder: config.json, metrics.jsonl, checkpoints, the LoRA, samples/.
+
+    path: where; metrics: the figures of every step so far, a dict each."""
+
+    def __init__(self, cfg, prompts, step):
+        """Goes on in the folder of --resume, or claims a new one: config.json opens exclusively."""
+        self.cfg, self.metrics, self.began = cfg, [], time.perf_counter()
+        self.path, self.made, self.first = Path(cfg.resume), False, step
+        if not cfg.resume:
+            self.claim()
+        config = asdict(cfg)
+        config["versions"] = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
+        config["sha256"] = {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+        source = Path(cfg.reward.rpartition(":")[0])
+        if source.suffix == ".py" and source.is_file():
+            config["sha256"]["reward"] = hashlib.sha256(source.read_bytes()).hexdigest()
+        if cfg.resume:
+            self.say_changes(config)
+            self.metrics = read_metrics(self.path, step)
+            kept = "".join(json.dumps(metrics) + "\n" for metrics in self.metrics)
+            write_atomic(self.path / "metrics.jsonl", kept.encode())
+        write_atomic(self.path / "config.json", json.dumps(config, indent=1).encode())
+
+    def claim(self):
+        """A folder for this run alone; a default name moves on to the next free one."""
+        cfg = self.cfg
+        what = "pairs" if cfg.pairs else re.sub(r"\W+", "-", Path(cfg.reward.partition(":")[0]).stem)
+        name = f"runs/{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for n in itertools.count(1):
+            self.path = Path(cfg.out or (name if n == 1 else f"{name}-{n}"))
+            self.made = not self.path.exists()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                if not (self.path / "metrics.jsonl").exists():
+                    open(self.path / "config.json", "x").close()
+                    return
+            except FileExistsError:
+                pass
+            except OSError as e:
+                raise UserError(f"--out {self.path}: {e.strerror}") from e
+            if cfg.out:
+                raise UserError(f"--out {self.path} holds a run already, or is a file; expected a new or empty "
+                                f"folder (to go on with that run: --resume {self.path})")
+
+    def say_changes(self, config):
+        """With --resume: a line for each setting, and for prompts and reward file, that is another now."""
+        saved = read_config(self.path)
+        for f in fields(self.cfg):
+            before = saved.get(f.name, f.default)
+            before = tuple(before) if isinstance(before, list) else before
+            if f.name not in ("resume", "out") and getattr(self.cfg, f.name) != before:
+                name = f.name.replace("_", "-")
+                print(f"--{name} is {getattr(self.cfg, f.name)} from here on; it was {before}", file=sys.stderr)
+        for name, digest in saved.get("sha256", {}).items():
+            if config["sha256"].get(name) != digest:
+                print(f"the {name} changed since this run began", file=sys.stderr)
+
+    def describe(self, G, prompts):
+        """What a run is about to do: its settings, and the arithmetic of its batch."""
+        cfg = self.cfg
+        print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items() if value != ""))
+        gpus = int(os.environ.get("WORLD_SIZE", 1))
+        print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {gpus} ranks' * (gpus > 1)} = "
+              f"{cfg.batch * cfg.candidates * gpus} pictures an update; {len(prompts):,} prompts; "
+              f"{sum(p.numel() for p in G.parameters()):,} trainable weights; {G.dtype} on {G.device}")
+        most, ids = G.pipe.tokenizer.model_max_length, G.pipe.tokenizer(prompts).input_ids
+        long = sum(len(tokens) > most for tokens in ids)
+        if long:
+            print(f"{long} prompts are longer than {most} tokens: their end is not seen", file=sys.stderr)
+
+    def log(self, metrics, show=False):
+        """Append a step's figures to metrics.jsonl (what is not finite is null), and print some lines."""
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        self.metrics.append(metrics)
+        try:
+            with open(self.path / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(metrics) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path}/metrics.jsonl could not be written ({e.strerror}); the last checkpoint "
+                            "is intact") from e
+        step = metrics["step"]
+        if show or step % self.cfg.log_every == 0 or step == self.first + 1:
+            print(figures_line(metrics, self.cfg.steps, self.began, self.first), flush=True)
+        for steps, name, silent, text in ((3, "reward_mean", None, "had no opinion (NaN) on any picture"),
+                                          (20, "reward_std", 0, "scored all candidates of each prompt the same")):
+            last = [m.get(name, "none") for m in self.metrics[-steps - 1:]]
+            if last[-steps:] == [silent] * steps and last != [silent] * (steps + 1):
+                print(f"the reward {text} for {steps} steps: there is nothing to rank by", file=sys.stderr)
+
+    @torch.no_grad()
+    def preview(self, G, prompts, step):
+        """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
+        if not self.cfg.preview_every:
+            return
+        n = min(8, len(prompts))
+        shown, rows = [prompts[i * len(prompts) // n] for i in range(n)], []
+        for context in (G.reference(), nullcontext()):
+            with context:
+                row = []
+                for i, prompt in enumerate(shown):  # one at a time: it never needs more memory than the run
+                    g = torch.Generator().manual_seed((self.cfg.seed + i) % 2 ** 63)
+                    e = torch.randn((1, *G.noise_shape), generator=g).to(G.device)
+                    row += to_pil(G.decode(G.sample(e, G.encode([prompt]))))
+            rows.append(row)
+        (self.path / "samples").mkdir(exist_ok=True)
+        picture_grid(rows, shown, ["base", "tuned"]).save(self.path / "samples" / f"step-{step:06d}.png")
+
+    def discard(self):
+        """A run that made no step leaves nothing that would block the mended command."""
+        if self.made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for pattern in ("config.json", "metrics.jsonl", "*checkpoint*", "*_lora*.safetensors", "samples/step-*.png"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+        with suppress(OSError):
+            (self.path / "samples").rmdir()
+
+
+def newest_checkpoint(folder):
+    """The newest whole checkpoint of a run. Objects are never unpickled; a torn or changed file (its archive has a CRC)
+    is set aside, and the one before is taken."""
+    problems = []
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = Path(folder) / name
+        try:
+            if zipfile.ZipFile(path).testzip():  # torch itself does not look at it
+                raise ValueError("its CRC differs")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            problems.append(f"{name}: {one_line(e)}")
+            if path.exists():
+                path.rename(path.with_suffix(".torn"))  # never to be kept in place of a good one
+            continue
+        if problems:
+            print(f"{folder}: {problems[0]}; going on from {name}", file=sys.stderr)
+        return state
+    raise UserError(f"{folder}: no checkpoint to go on from ({'; '.join(problems)})")
+
+
+class Stop:
+    """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it
+    at once. Forked children of a reward, and whoever comes after, have the handlers of before."""
+
+    def __enter__(self):
+        self.signal, self.process, self.before = 0, os.getpid(), {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if os.getpid() == self.process and not self.signal:
+            self.signal = number
+            print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
+            return
+        self.__exit__()
+        os.kill(os.getpid(), number)
+
+
+FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",
+           "diversity": "diversity {:.0%}", "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}",
+           "seconds": "{:.2f} s", "peak_gib": "{:.1f} GiB"}
+
+
+def figures_line(metrics, steps, began, first):
+    """One readable line of a step's figures, with the time that is left."""
+    parts = [f"step {metrics['step']}/{steps}"]
+    for name, text in FIGURES.items():
+        if metrics.get(name) is not None:
+            parts.append(text.format(metrics[name]))
+    parts[2:2] = [f"{name[6:]} {value:.4g}" for name, value in metrics.items()
+                  if name.startswith("watch/") and value is not None]
+    if metrics.get("skipped"):
+        parts.append(f"no anchors for {metrics['skipped']:.0%} of the prompts")
+    if not metrics["applied"]:
+        parts.append("NOT FINITE, not applied")
+    left = int((time.perf_counter() - began) / (metrics["step"] - first) * (steps - metrics["step"]))
+    return "  ".join(parts) + f"  left {left // 60}:{left % 60:02d}"
+
+
+def read_config(folder):
+    """config.json of a run as a dict."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: no run (config.json is missing or no JSON: {one_line(e)})") from e
+
+
+def read_metrics(folder, last=math.inf):
+    """metrics.jsonl up to step `last`; a torn or blank line is left out, of two of a step the later stays."""
+    path, found = Path(folder) / "metrics.jsonl", {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            metrics = json.loads(line)
+            if 0 < metrics["step"] <= last:
+                found[metrics["step"]] = metrics
+    return [found[step] for step in sorted(found)]
+
+
+def random_states(states=None):
+    """The generators that a reward may draw from, as plain data; given states are put in place first."""
+    if states:
+        torch.set_rng_state(states["torch"])
+        np.random.set_state(tuple(states["numpy"]))
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words), gauss))
+    name, words, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, words.tolist(), *rest]}
+
+
+# ===== models and LoRAs of others: read whole, or refused by name
+
+LATENT_MAE = ("https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/resolve/master/"
+              "mae_latent_256_torch.pth", "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1")
+
+
+def read_latent_mae(path=None):
+    """DrPO's authors' file -> {name: weight} of its encoder: convolutions `.kernel` (HWIO) or `.weight` (OIHW), norms
+    `.scale` or `.weight`. UserError: torn, or no encoder in it."""
+    path, weights = path or fetch(*LATENT_MAE), {}
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        while not any(key.startswith("encoder.") for key in found):  # as in {"model": ...}
+            found = next(value for value in found.values() if isinstance(value, dict))
+        for key, value in found.items():
+            if key.endswith(".kernel"):
+                value = value.permute(3, 2, 0, 1)
+            if key.startswith("encoder."):
+                weights[re.sub(r"\.(kernel|scale)$", ".weight", key[8:])] = value.float()
+    except Exception as e:  # torn and foreign files fail in many ways
+        raise UserError(f"{path}: no latent-MAE, the file of {LATENT_MAE[0]} ({one_line(e)})") from e
+    return weights
+
+
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
+
+
+def kohya_name(name, xl):
+    """A layer's name in kohya's sd-scripts, which count SDXL's blocks as its first release did: an
+    input block for conv_in, then two with attention and a downsampler each, upward three each."""
+    flat = name.replace(".", "_")
+    match = re.match(r"(down|mid|up)_blocks?_(?:(\d)_)?attentions_(\d)", flat)
+    if not xl or not match:  # SD keeps diffusers' names
+        return "lora_unet_" + flat
+    block, attention = int(match[2] or 0), int(match[3])
+    place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
+             "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
+    return "lora_unet_" + place + flat[match.end():]
+
+
+LORA_KEY = re.compile(  # of diffusers, peft, kohya and older files: layer, and A, B, down, up or alpha
+    r"(?:base_model\.model\.)?(?:unet\.)?(.+?)\.(?:lora[._])?(A|B|down|up|alpha)(?:\.default)?(?:\.weight)?")
+
+
+def lora_file(path):
+    """The LoRA of a folder, or the file itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return path / (LORA_FILE if (path / LORA_FILE).exists() else KOHYA_FILE)
+
+
+def read_lora(path, layer_of):
+    """A LoRA file, or the one in a folder, and {any name of a layer: layer} -> its metadata, {layer: {"down", "up",
+    "alpha"}}, and the keys that fit no layer."""
+    from safetensors import safe_open
+    found, left = {}, []
+    try:
+        with safe_open(lora_file(path), "pt") as f:
+            metadata = f.metadata() or {}
+            for key in f.keys():
+                match = LORA_KEY.fullmatch(key)
+                if match and match[1] in layer_of:
+                    part, value = {"A": "down", "B": "up"}.get(match[2], match[2]), f.get_tensor(key).float()
+                    found.setdefault(layer_of[match[1]], {})[part] = float(value) if part == "alpha" else value
+                else:
+                    left.append(key)
+        adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # of diffusers and peft
+    except Exception as e:  # safetensors has an exception of its own
+        raise UserError(f"{lora_file(path)}: not a readable LoRA file ({one_line(e)})") from e
+    adapter = {key.removeprefix("unet."): value for key, value in adapter.items()}
+    for name, parts in found.items():
+        alpha = adapter.get("lora_alpha")
+        for pattern, value in (adapter.get("alpha_pattern") or {}).items():
+            if name.endswith(pattern):
+                alpha = value
+        if alpha is not None:
+            parts.setdefault("alpha", float(alpha))
+    return metadata, found, left
+
+
+def is_xl(index):
+    """Whether a model_index.json, or a pipeline's config, is of SDXL."""
+    return str(index.get("_class_name", "")).startswith("StableDiffusionXL")
+
+
+def model_index(path, known):
+    """model_index.json of a diffusers folder or a hub id. UserError: no such model, gated; known: names of ours."""
+    path = str(path)
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        pick("model", path, known, "or a local diffusers folder, or a hub id owner/name")
+    try:
+        index = Path(path) / "model_index.json"
+        if not Path(path).is_dir():
+            from huggingface_hub import hf_hub_download
+            index = hf_hub_download(path, "model_index.json")
+        return json.loads(Path(index).read_text(encoding="utf-8"))
+    except Exception as e:
+        raise UserError(f"{hub_trouble(path, e)}{WAYS_ON}") from e
+
+
+WAYS_ON = ". Ways on: --model toy, or the path of a diffusers folder in SD or SDXL layout"
+IMPLEMENTED = {  # what entries of the networks' configs may be: others would change the result
+    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0), "latent_channels": (4,)},
+    "unet": {"in_channels": (4,), "out_channels": (4,), "time_cond_proj_dim": (None,), "class_embed_type": (None,),
+             "encoder_hid_dim_type": (None,), "addition_embed_type": (None, "text_time"),
+             "sample_size": range(1, 1025)},
+    "text_encoder": {}, "text_encoder_2": {}}
+
+
+def load_pipeline(path, index, dtype):
+    """The pipeline of a diffusers folder or a hub id, on the CPU. UserError: what cannot be had, is not read whole, or
+    is not implemented."""
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):  # what goes wrong is said in one line, by us
+        library.utils.logging.set_verbosity(logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    try:
+        folder = path
+        if not Path(path).is_dir():
+            try:  # half the download
+                folder = diffusers.DiffusionPipeline.download(path, variant="fp16")
+            except (OSError, ValueError):
+                folder = diffusers.DiffusionPipeline.download(path)
+        return assemble(folder, index, dtype, diffusers, transformers)
+    except Exception as e:  # truncated files, pointers to files, a hub out of reach, ...
+        raise UserError(f"{hub_trouble(path, e)}{WAYS_ON}") from e
+
+
+def assemble(folder, index, dtype, diffusers, transformers):
+    """The pipeline of a diffusers folder, network by network. ValueError: not whole, not implemented."""
+    parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+             "text_encoder": transformers.CLIPTextModel}
+    kind, rest = diffusers.StableDiffusionPipeline, dict(safety_checker=None,
+                                                         requires_safety_checker=False)
+    if is_xl(index):
+        parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection
+        kind, rest = diffusers.StableDiffusionXLPipeline, {}
+    unet_files = [file.name for file in (Path(folder) / "unet").glob("*model*")]
+    half = unet_files and all(".fp16." in name for name in unet_files)
+    for part, cls in parts.items():
+        if (index.get(part) or ["", ""])[1] != cls.__name__:
+            raise ValueError(f"its {part} is no {cls.__name__}; expected an SD or SDXL layout")
+        config = cls.load_config(folder, subfolder=part) if part in ("unet", "vae") else {}
+        for name, known in IMPLEMENTED[part].items():
+            if config.get(name, known[0]) not in known:
+                raise ValueError(f"its {part} has {name} = {config[name]}, which is not implemented")
+        net, report = cls.from_pretrained(
+            folder, subfolder=part, output_loading_info=True, variant="fp16" if half else None,
+            **{"dtype" if "text" in part else "torch_dtype": dtype})
+        for trouble in ("missing", "unexpected"):
+            keys = [key for key in report[f"{trouble}_keys"] if not key.endswith("position_ids")]
+            if keys:
+                raise ValueError(f"{part}: {len(keys)} {trouble} weights, {min(keys)} first")
+        parts[part] = net
+    return kind.from_pretrained(folder, **parts, **rest, feature_extractor=None, image_encoder=None)
+
+
+def replace_unet(unet, file):
+    """Put the weights of a file, or of owner/repo/file on the hub, into a UNet, whole."""
+    try:
+        path = Path(file)
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+            owner, repo, name = file.split("/", 2)
+            path = Path(hf_hub_download(f"{owner}/{repo}", name))
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        unet.load_state_dict(state)
+    except Exception as e:
+        raise UserError(f"--unet {file}: {one_line(e)}; expected the weights of this base's UNet, a "
+                        "file, or owner/repo/file of the hub") from e
+
+
+# ===== the names, and the command line
 
 REWARDS = {
     "pickscore": pickscore, "clip": clip, "aesthetic": aesthetic, "hpsv2": hpsv2, "imagereward": imagereward,
     "hpsv3": hpsv3, "geneval": geneval, "jpeg": no_files(jpeg), "incompressibility": no_files(incompressibility),
-    "scene": no_files(scene), "vlm": vlm,
+    "scene": scene, "vlm": vlm,
 }
 
 
 def table():
     """Names, sizes, licences, models and scales as aligned lines, read off the factories' docstrings."""
-    rows = [("name", "size", "licence", "scale", "model")]
+    lines = []
     for name, factory in REWARDS.items():
-        facts = dict(re.findall(r"^(model|licence|size|scale) +(.*)$", inspect.getdoc(factory) or "", re.MULTILINE))
-        rows.append((name, *(facts.get(key, "") for key in rows[0][1:])))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4] for row in rows]
-    return "\n".join(lines + ["also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy"])
+        facts = dict(re.findall(r"^(\w+) +(.*(?:\n {9}.*)*)$", inspect.getdoc(factory), re.MULTILINE))
+        facts = {key: " ".join(text.split()) for key, text in facts.items()}
+        lines.append("{:16} {size}; {scale}; licence: {licence}".format(name, **facts))
+        lines.append(f"{'':16} model: {facts['model']}; compared with {facts['compared']}")
+    note = "Compared with random weights of the true size, except for the real aesthetic head; no hub was in reach."
+    return "\n".join(lines + [note, "also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy"])
 
 
 def score_files(args):
     """Print the scores of picture files, a line each."""
-    try:
-        images = [Image.open(path).convert("RGB") for path in args.images]
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(one_line(error)) from None
+    images = [read_picture(path) for path in args.images]
     reward = load(args.name, args.device)
     scores = reward.score(images, [args.prompt] * len(images))
     columns = [*scores.values(), reward.combine(scores)] if len(scores) > 1 else [*scores.values()]

@@ -1,7 +1,7 @@
 """Make the toy: SD-Turbo in miniature, a one-step text-to-image model of 64x64 pictures of coloured shapes.
 
-    python toy/make_toy.py --out toy          train and save; as committed: 1.85 minutes on one H200 (7,200 steps)
-    python toy/make_toy.py --check toy        accuracy, unreadable share and ceiling of a saved toy
+    python lab/make_toy.py --out toy        train and save; as committed: 1.85 minutes on one H200 (7,200 steps)
+    python lab/make_toy.py --check lab/toy  accuracy, unreadable share and ceiling of a saved toy
 The seed is fixed, but the learning rate follows the wall clock: another machine or run gives other weights.
 
 The generator learns, in ONE step, the map (noise e, caption c) -> latent of a rendered scene. Everything that the
@@ -14,17 +14,23 @@ knows how to draw each one right, and preference finetuning has to teach it to d
 
 First a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the picture's latent.
 """
-import argparse, functools, itertools, json, math, random, string, sys, time
+import argparse
+import functools
+import itertools
+import json
+import math
+import random
+import string
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drpo import save_pipeline
-from rewards import scene
+from scene import readable, scene
 
 SHAPES = ["circle", "square", "triangle"]
 COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
@@ -271,8 +277,17 @@ def train(args):
         return F.smooth_l1_loss(x0, target, beta=0.2)  # near a threshold of e, the median of two pictures, not a blend
 
     fit("generator", [unet, text], generator_loss, args.minutes * 0.7, 1.2e-3)
-    save_pipeline(pipe.to(torch.float16), out)
-    (out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
+    pipe.to(torch.float16).save_pretrained(out)
+    tokenizer = out / "tokenizer"
+    if not (tokenizer / "vocab.json").exists():  # transformers 5 leaves out what 4 reads
+        pipe.tokenizer.backend_tokenizer.model.save(str(tokenizer))
+    (tokenizer / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
+    file = out / "text_encoder" / "model.safetensors"
+    weights = load_file(file)  # transformers 4 knows them by names with a prefix, else it draws random ones
+    save_file({f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}, file,
+              {"format": "pt"})
+    config = out / "text_encoder" / "config.json"  # float32, so that a pipeline opens in one dtype without being told
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 @torch.no_grad()
@@ -289,7 +304,7 @@ def check(folder, count=8):
                           for i in range(0, len(prompts), 64)), [])
             right = scene.correct(images, prompts)
             by_tag = {t: [r for r, p in zip(right, prompts) if scene.tag(p) == t] for t in KINDS}
-            unreadable = sum(not scene.readable(image) for image in images) / len(images)
+            unreadable = sum(not readable(image) for image in images) / len(images)
             print(f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
                   ", ".join(f"{t} {sum(r) / len(r):.0%}" for t, r in by_tag.items()), flush=True)
 

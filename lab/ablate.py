@@ -1,0 +1,344 @@
+"""Ablations on the toy: what matters, and what else one could do with the same candidates.
+
+    python lab/ablate.py lambda --seeds 0,1,2 --jobs 2         one table, each variant a process
+    python lab/ablate.py all --seeds 0,1,2 --jobs 16 --device cuda
+    python lab/ablate.py --open runs/toy-0 runs/toy-1          what the caption leaves open
+
+Trains every variant of a table with every seed and evaluates it on the held-out captions. Results
+grow in OUT/results.json and OUT/results.md as they arrive; the same command again goes on. A cell is
+the mean over seeds, and the range of the seeds. New fields and features are registered in the tables
+of drpo.py, new rewards are named by file, as anybody would do it.
+"""
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+import drpo  # noqa: E402
+import eval as evaluation  # noqa: E402
+import rewards  # noqa: E402
+from scene import SCENE_COLORS, SCENE_SHAPES, look, parse, scene  # noqa: E402
+
+# ===== rewards that differ from the checker
+
+
+def within_prompt(scores, prompts):
+    """Standard deviation of the scores among the pictures of the same prompt, for each picture."""
+    texts = np.array(prompts)
+    return np.array([scores[texts == prompt].std() for prompt in prompts])
+
+
+def noisy(images, prompts, factor):
+    """`scene` plus normal noise of `factor` times its spread within a prompt."""
+    scores = np.array(scene(images, prompts), np.float64)
+    return scores + factor * within_prompt(scores, prompts) * NOISE.standard_normal(len(scores))
+
+
+NOISE = np.random.default_rng(0)
+
+
+def scene_noise_half(images, prompts):
+    """Noise of half the spread."""
+    return noisy(images, prompts, 0.5)
+
+
+def scene_noise_one(images, prompts):
+    """Noise as large as the spread."""
+    return noisy(images, prompts, 1.0)
+
+
+def scene_binary(images, prompts):
+    """1 where all is right, else 0."""
+    return [float(score == 1) for score in scene(images, prompts)]
+
+
+def scene_reversed(images, prompts):
+    """The negative control: with it the share of right pictures must FALL."""
+    return [-score for score in scene(images, prompts)]
+
+
+def warm(images, prompts):
+    """Mean of red minus mean of blue: a smooth reward that ignores the caption."""
+    values = [np.asarray(image, np.float64) for image in images]
+    return [value[..., 0].mean() - value[..., 2].mean() for value in values]
+
+
+# ===== fields that differ from the dipole: arguments and results as of drpo.dipole_target
+
+def toward(z, z_ref, V, cfg):
+    """The dipole's objective with another field V (N, D) in the place of the dipole's."""
+    N, D = z.shape
+    V, rms_pref = drpo.unit_rms(V)
+    V_ref, rms_ref = drpo.reference_drift(z, z_ref, radii=cfg.radii, kernel=cfg.kernel, return_rms=True)
+    u = drpo.mean_distance(drpo.distances(z, z)) / D ** 0.5
+    z_star = z + cfg.eta * u * (len(cfg.radii) * V + cfg.lambda_ref * V_ref)  # the dipole sums its radii
+    return [(z_star, 0.5 / (N * D * u ** 2))], {"rms_pref": rms_pref.expand(len(cfg.radii)), "rms_ref": rms_ref}
+
+
+def best_of_k_target(z, z_ref, positive, negative, cfg):
+    """Best-of-K distillation: every candidate is regressed onto the best one of its prompt (m = 1)."""
+    if len(positive) == 0:  # all scores are equal: there is no best
+        return toward(z, z_ref, torch.zeros_like(z), cfg)
+    return toward(z, z_ref, positive.repeat(len(z) // len(positive), 1) - z, cfg)
+
+
+def pairwise_target(z, z_ref, positive, negative, cfg, beta=5.0):
+    """Pairwise (DPO-like) regression: an anchor a of the best and b of the worst make a pair. With
+    -||z - a||^2 / 2 as log-likelihood the DPO loss is -log sigmoid(beta (z - z_ref)(a - b) / s^2): it
+    pulls each candidate along a - b, the less the more its margin over the reference has grown."""
+    T = len(z) // cfg.candidates
+    m = min(len(positive), len(negative)) // T
+    pair = (positive[:m * T] - negative[:m * T]).unflatten(0, (m, T))  # (m, T, D)
+    s = drpo.mean_distance(drpo.distances(z, z))
+    margin = torch.einsum("ktd,jtd->kjt", (z - z_ref).unflatten(0, (-1, T)), pair) / s ** 2
+    V = torch.einsum("kjt,jtd->ktd", torch.sigmoid(-beta * margin), pair)
+    return toward(z, z_ref, V.flatten(0, 1), cfg)
+
+
+def latent_features(G, path=None):
+    """The latent itself: kept because it fails (paper: PickScore 20.52 against 23.5)."""
+    return lambda x, condition: [x.float().flatten(1)[:, None]]
+
+
+drpo.FIELDS.update({"best-of-k": best_of_k_target, "pairwise": pairwise_target})
+drpo.FEATURES["latent"] = latent_features
+
+# ===== the tables: {label: settings that differ from the toy's}
+
+MINE = f"{HERE / 'ablate.py'}:"
+RELEASED = dict(field="released", radii=(0.02, 0.05, 0.2))
+# the regime of the table of fields: 8 prompts x 24 pictures, constant rate, no warm-up
+LARGE = dict(batch=8, candidates=24, anchors=8, lr_schedule="constant", warmup=0, steps=300)
+FIELD_TABLE = {}
+for reward in ("scene", MINE + "warm", "incompressibility"):
+    for name, field in (("dipole", {}), ("released", RELEASED)):
+        for rate in (1e-4, 3e-4, 1e-3):
+            label = f"{reward.split(':')[-1]}, {name}, lr {rate:g}"
+            FIELD_TABLE[label] = {**LARGE, **field, "reward": reward, "lr": rate}
+TABLES = {
+    "default": {"default": {}},
+    "candidates": {"K 8, P 8": dict(candidates=8, anchors=2, batch=8),
+                   "K 16, P 4": dict(candidates=16, anchors=4, batch=4),
+                   "K 64, P 1": dict(candidates=64, anchors=16, batch=1)},  # as many pictures a step
+    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 16": dict(anchors=16)},
+    "kernel": {"rbf": dict(kernel="rbf"), "cosine": dict(kernel="cosine")},
+    "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
+    "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
+    "lambda": {f"lambda {value}": dict(lambda_ref=value) for value in (0.0, 0.1, 0.4, 1.0)},
+    "eta": {"eta 0.3": dict(eta=0.3)},
+    "field": {"released field": dict(field="released"), "released field and radii": RELEASED},
+    "noise": {"reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
+              "reward noise 1": dict(reward=MINE + "scene_noise_one")},
+    "binary": {"binary reward": dict(reward=MINE + "scene_binary")},
+    "reversed": {"ranking reversed": dict(reward=MINE + "scene_reversed")},
+    "large": {"P 8, K 24, lr 1e-3 constant": {**LARGE, "lr": 1e-3, "steps": 100}},
+    "lambda01": {"lambda 0.1": dict(lambda_ref=0.1)},
+    "fields": FIELD_TABLE,
+    "alternatives": {"best-of-K distillation": dict(field="best-of-k", anchors=1),
+                     "pairwise regression": dict(field="pairwise")},
+    "open": {"m 1": dict(anchors=1), "lambda 0.1": dict(lambda_ref=0.1), "lambda 0.4": dict(lambda_ref=0.4),
+             "K 64": dict(candidates=64)},
+}
+TABLES["all"] = {}
+for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",
+             "binary", "reversed", "large", "alternatives"):
+    TABLES["all"].update(TABLES[name])
+
+
+# ===== what the caption leaves open
+
+def open_attributes(images, prompts):
+    """Pictures of captions with one object and no colour -> entropy of the colours drawn, in bits (of
+    log2 6 = 2.58), and of pictures with one circle -> its mean width over height or the inverse."""
+    colors, ratios = [], []
+    for image, prompt in zip(images, prompts):
+        wanted = parse(prompt)
+        if wanted is None or len(wanted[0]) != 1:
+            continue
+        (shape, color), = wanted[0]
+        objects, _ = look(image)
+        if len(objects) != 1:
+            continue
+        if color is None and objects[0][1]:
+            colors.append(objects[0][1])
+        if shape == "circle":
+            ratios.append(flatness(image))
+    share = np.array([colors.count(color) for color in SCENE_COLORS]) / max(len(colors), 1)
+    share = share[share > 0]
+    return {"color_entropy": float(-(share * np.log2(share)).sum()), "colors": len(colors),
+            "circle_flatness": float(np.mean(ratios)) if ratios else None, "circles": len(ratios)}
+
+
+def flatness(image):
+    """Of the only object of a picture: shorter over longer side of its box; a round circle has 1."""
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ink = np.linalg.norm(pixels - np.median(border, axis=0), axis=2) > 60
+    height, width = np.ptp(np.flatnonzero(ink.any(1))) + 1, np.ptp(np.flatnonzero(ink.any(0))) + 1
+    return min(height, width) / max(height, width)
+
+
+def open_figures(G, samples=64, seed=0):
+    """`open_attributes` of the generator as it stands, on single-object captions in three wordings."""
+    nouns = [f"a {shape}" for shape in SCENE_SHAPES] + [f"a {color} circle" for color in SCENE_COLORS]
+    prompts = [f"{wording}{noun}" for noun in nouns for wording in ("", "a photo of ", "a picture of ")]
+    images, texts = [], []
+    for flat, _, pictures in evaluation.generate(G, prompts, samples, seed, 64):
+        images += rewards.to_pil(pictures)
+        texts += [prompts[f // samples] for f in flat]
+    return open_attributes(images, texts)
+
+
+# ===== running them
+
+def run_variant(folder):
+    """Train and evaluate the variant in folder/job.json, in a process of its own; writes result.json."""
+    folder = Path(folder)
+    job = json.loads((folder / "job.json").read_text())
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in job["settings"].items()}
+    began = time.perf_counter()
+    run = drpo.train(drpo.Config.preset("toy", **{
+        "seed": job["seed"], "device": job["device"], "dtype": "fp32", "preview_every": 0, "save_every": 10 ** 9,
+        "out": str(folder / time.strftime("run-%H%M%S")), **settings}))
+    minutes, spec = (time.perf_counter() - began) / 60, settings.get("reward", "scene")
+    scored = "scene" if "scene" in spec else f"{spec},scene"
+    args = evaluation.parse([str(run), "--rewards", scored, "--device", job["device"], "--dtype", "fp32",
+                             "--samples", str(job["samples"]), "--batch", "64"])
+    columns = evaluation.evaluate(args)["columns"]
+    base, tuned, name = columns["base"], columns[Path(run).name], scored.split(",")[0]
+    G = drpo.load_generator("toy", device=job["device"])
+    opened = {"base": open_figures(G)}
+    G.load_lora(run)
+    opened["tuned"] = open_figures(G)
+    kinds = tuned["accuracy"]["scene"]
+    result = {"minutes": minutes, "right": kinds["all"]["mean"][0], "distance": tuned["distance"],
+              "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
+              "diversity_right": tuned["right_diversity"]["scene"]["relative"][0],
+              "diversity": tuned["diversity"]["relative"][0], "reward": tuned["rewards"][name]["mean"][0],
+              "reward_base": base["rewards"][name]["mean"][0], "open": opened,
+              "kinds": {kind: values["mean"][0] for kind, values in kinds.items()}}
+    (folder / "result.json").write_text(json.dumps({**job, **result}))
+
+
+def start(folder, job, jobs):
+    """A process for a variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    env = dict(os.environ)
+    if jobs > 1:
+        env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "ablate.py"), "--variant", str(folder)]
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def ablate(args):
+    """Every variant of the tables with every seed, args.jobs at a time; what is done is not run again."""
+    variants = {}
+    for name in args.tables.split(","):
+        variants |= rewards.pick("table", name, TABLES)
+    waiting, running, done = [], {}, []
+    for seed in args.seeds.split(","):
+        for label, settings in variants.items():
+            settings = {**settings, **({"steps": args.steps} if args.steps else {})}
+            job = {"label": label, "seed": int(seed), "settings": settings, "device": args.device,
+                   "samples": args.samples}
+            job = json.loads(json.dumps(job))
+            folder = args.out / f"{evaluation.file_name(label)}-seed{seed}"
+            known = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+            if {name: known.get(name) for name in job} == job:
+                done.append(known)
+            else:
+                waiting.append((folder, job))
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            folder, job = waiting.pop(0)
+            running[folder] = job, start(folder, job, args.jobs)
+        for folder, (job, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[folder]
+            if process.returncode == 0:
+                done.append(json.loads((folder / "result.json").read_text()))
+                print(f"{job['label']}, seed {job['seed']}: right {done[-1]['right']:.1%}", flush=True)
+            else:
+                last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+                print(f"{job['label']}, seed {job['seed']} failed: {''.join(last)}", file=sys.stderr)
+            rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
+        time.sleep(0.2)
+    rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
+    text = results_table(done, variants)
+    (args.out / "results.md").write_text(text)
+    print(f"\n{text}\nwritten: {args.out}/results.json, results.md")
+
+
+def results_table(done, variants):
+    """Results of variants and seeds -> a markdown table: the mean, and the range over seeds."""
+    lines = [["variant", "right", "diversity of right", "diversity", "distance", "reward", "colours, bits",
+              "circles", "minutes", "seeds"]]
+    for label in variants:
+        rows = [row for row in done if row["label"] == label]
+        if not rows:
+            continue
+
+        def cell(value, style):
+            values = [value(row) for row in rows if value(row) is not None]
+            if not values:
+                return ""
+            spread = f" ({style.format(min(values))} to {style.format(max(values))})" if len(values) > 1 else ""
+            return style.format(np.mean(values)) + spread
+
+        share = functools.partial(cell, style="{:.0%}")
+        opened = [cell(lambda row: row["open"]["tuned"][name], "{:.2f}") for name in ("color_entropy", "circle_flatness")]
+        lines.append([label, cell(lambda row: row["right"], "{:.1%}"), share(lambda row: row["diversity_right"]),
+                      share(lambda row: row["diversity"]), cell(lambda row: row["distance"], "{:.2f}"),
+                      f"{rows[0]['reward_base']:.3g} -> {cell(lambda row: row['reward'], '{:.3g}')}", *opened,
+                      cell(lambda row: row["minutes"], "{:.1f}"), str(len(rows))])
+    if not done:
+        return "no result yet\n"
+    base = done[0]["open"]["base"]
+    return (f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
+            f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n" + evaluation.aligned(lines))
+
+
+def show_open(runs, device):
+    """--open: what the caption leaves open, of the base and of runs."""
+    G = drpo.load_generator("toy", device=device)
+    print("base", json.dumps(open_figures(G)))
+    for run in runs:
+        G.load_lora(run)
+        print(run, json.dumps(open_figures(G)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="?", default="", help=f"comma-separated: {', '.join(TABLES)}")
+    parser.add_argument("--seeds", default="0", help="comma-separated [0]")
+    parser.add_argument("--steps", type=int, default=0, help="updates; default: the variant's")
+    parser.add_argument("--samples", type=int, default=8, help="pictures a caption [8]")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once [1]")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="", help="default: runs/ablation-TABLES")
+    parser.add_argument("--open", nargs="+", metavar="RUN", help="what the caption leaves open, of runs")
+    parser.add_argument("--variant", default="", help=argparse.SUPPRESS)  # one process of an ablation
+    arguments = parser.parse_args()
+    arguments.out = Path(arguments.out or f"runs/ablation-{arguments.tables}")
+    try:
+        if arguments.variant:
+            run_variant(arguments.variant)
+        elif arguments.open:
+            show_open(arguments.open, arguments.device)
+        else:
+            ablate(arguments)
+    except rewards.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -161,7 +161,8 @@ def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
     """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)], the paper's dipole reward.
 
     z (N, D); positive, negative (M+, D), (M-, D); radius = tau / s -> (N,)."""
-    z, a = z.float(), torch.cat([positive, negative]).float()  # (N, D), (M, D), M = M+ + M-
+    z = z.float()
+    a = torch.cat([positive, negative]).float()  # (M, D), M = M+ + M-
     d = distances(z, a)  # (N, M)
     k = log_kernel(z, a, d, radius, mean_distance(d), kernel).exp()  # (N, M)
     return k[:, :len(positive)].sum(1) - k[:, len(positive):].sum(1)
@@ -174,23 +175,27 @@ def dipole_field(z, positive, negative, *, radii, kernel="laplacian", return_rms
     z (N, D); positive, negative (M, D), any dtype -> (N, D), float32: the gradient for each radius
     scaled to unit RMS, and summed. return_rms: also the RMS before that, (R,), which the loss
     cannot show. An anchor at distance 0, the sample itself, exerts no force."""
-    z, a = z.detach().float().requires_grad_(), torch.cat([positive, negative]).float()
-    if len(a) == 0:
-        return (torch.zeros_like(z), z.new_zeros(len(radii))) if return_rms else torch.zeros_like(z)
+    z = z.detach().float().requires_grad_()
+    a = torch.cat([positive, negative]).float()  # (M, D), M = M+ + M-
     sign = torch.ones(len(a), device=z.device)  # (M,)
     sign[len(positive):] = -1
     d = distances(z, a)  # (N, M)
     s = mean_distance(d)
-    total, sizes = 0, []
-    for radius in radii:
+    total = torch.zeros_like(z)
+    sizes = z.new_zeros(len(radii))
+    for n, radius in enumerate(radii):
+        if len(a) == 0:
+            break
         log_k = log_kernel(z, a, d, radius, s, kernel).masked_fill(d == 0, -torch.inf)  # (N, M)
         largest = log_k.max().clamp(min=-1e30).detach()  # taken out of E: small radii underflow
         E = (sign * (log_k - largest).exp()).sum()  # sum_i E(z_i) / exp(largest)
         V, = torch.autograd.grad(E, z, retain_graph=True)  # (N, D)
         V, rms = unit_rms(V)
-        total = total + V
-        sizes.append(rms * largest.exp())
-    return (total, torch.stack(sizes)) if return_rms else total
+        total += V
+        sizes[n] = rms * largest.exp()
+    if return_rms:
+        return total, sizes
+    return total
 
 
 @torch.no_grad()
@@ -199,20 +204,24 @@ def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False
 
     z (N, D), reference (M, D) -> (N, D), as in `dipole_field` unit RMS for each radius, summed.
     In mu_Z a sample never counts itself."""
-    z, r = z.float(), reference.float()
-    d_z, d_r = distances(z, z), distances(z, r)  # (N, N), (N, M)
+    z = z.float()
+    r = reference.float()
+    d_z = distances(z, z)  # (N, N)
+    d_r = distances(z, r)  # (N, M)
     s = mean_distance(torch.cat([d_z, d_r], 1))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     origin = z.mean(0)  # V does not depend on it, its rounding error does
-    total, sizes = 0, []
-    for radius in radii:
+    total = torch.zeros_like(z)
+    sizes = z.new_zeros(len(radii))
+    for n, radius in enumerate(radii):
         w_r = log_kernel(z, r, d_r, radius, s, kernel).softmax(1)  # (N, M), rows sum to 1
         w_z = log_kernel(z, z, d_z, radius, s, kernel).masked_fill(itself, -torch.inf).softmax(1)
         w_z = w_z.nan_to_num(0)  # a lone sample has no others to be repelled by
-        V, rms = unit_rms(w_r @ (r - origin) - w_z @ (z - origin))  # mu_R - mu_Z: (N, D)
-        total = total + V
-        sizes.append(rms)
-    return (total, torch.stack(sizes)) if return_rms else total
+        V, sizes[n] = unit_rms(w_r @ (r - origin) - w_z @ (z - origin))  # mu_R - mu_Z: (N, D)
+        total += V
+    if return_rms:
+        return total, sizes
+    return total
 
 
 @torch.no_grad()
@@ -224,7 +233,8 @@ def released_field(z, positive, negative, *, radii, kernel="laplacian", negative
     units of s / sqrt(D), and s. The constants are theirs."""
     z = z.float()
     y = torch.cat([z, negative.float(), positive.float()])  # (Y, D), Y = N + M- + M+
-    (N, D), Y = z.shape, len(y)
+    N, D = z.shape
+    Y = len(y)
     w = torch.full((Y,), 3000.0, device=z.device)
     w[:N] = 1.0
     d = distances(z, y).clamp(min=1e-4)  # (N, Y)
@@ -239,9 +249,9 @@ def released_field(z, positive, negative, *, radii, kernel="laplacian", negative
         logits = log_kernel(z, y, d, radius, s, kernel) - itself * (100 / radius)  # (N, Y)
         affinity = (logits.softmax(1) * logits.softmax(0)).clamp(min=1e-6).sqrt() * w  # (N, Y)
         repel, attract = affinity.split([Y - len(positive), len(positive)], 1)
-        repel, attract = (-repel * attract.sum(1, keepdim=True),
-                          attract * repel.sum(1, keepdim=True))  # each row: repel + attract = 0
-        V = torch.cat([repel, attract], 1) @ (y - origin) / (s / D ** 0.5)  # (N, D)
+        pull = torch.cat([-repel * attract.sum(1, keepdim=True),
+                          attract * repel.sum(1, keepdim=True)], 1)  # (N, Y), rows sum to 0
+        V = pull @ (y - origin) / (s / D ** 0.5)  # (N, D)
         total += V / V.square().mean().clamp(min=1e-8).sqrt()
     return total, s
 
@@ -263,7 +273,8 @@ def rank(scores, m):
         return positive, negative
     positive[known[opinions.argsort(descending=True, stable=True)[:m]]] = True
     negative[known[opinions.argsort(stable=True)[:m]]] = True
-    lowest_positive, highest_negative = scores[positive].min(), scores[negative].max()
+    lowest_positive = scores[positive].min()
+    highest_negative = scores[negative].max()
     if lowest_positive == highest_negative:
         tied = scores == lowest_positive
         if lowest_positive < opinions.max():
@@ -358,8 +369,13 @@ def mae_encoder(w, x):
 
     h = F.relu(norm("gn1", conv("conv1", x)))
     for stage in (1, 2, 3, 4):
-        for block in range(sum(f"stages_{stage}.layers_{n}.conv1.weight" in w for n in range(99))):
-            name, stride = f"stages_{stage}.layers_{block}", 2 if stage > 1 and block == 0 else 1
+        for block in range(99):
+            name = f"stages_{stage}.layers_{block}"
+            if f"{name}.conv1.weight" not in w:
+                break
+            stride = 1
+            if stage > 1 and block == 0:
+                stride = 2
             y = F.relu(norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)))
             y = norm(f"{name}.gn2", conv(f"{name}.conv2", y))
             if f"{name}.proj_conv.weight" in w:
@@ -524,7 +540,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     where torch's kernel copies to NCHW and back."""
 
     def forward(self, x):  # (B, C, H, W) or (B, C, H W)
-        inner, n = tuple(range(2, x.ndim)), math.prod(x.shape[2:])
+        inner = tuple(range(2, x.ndim))
+        n = math.prod(x.shape[2:])
         groups = (self.num_groups, -1)  # (B, C) -> (B, G, C / G)
         mean = (x.sum(inner, dtype=torch.float32) / n).unflatten(-1, groups)
         norm = torch.linalg.vector_norm(x, dim=inner, dtype=torch.float32)  # no float32 copy of x
@@ -534,8 +551,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         shift = self.bias.float().unflatten(-1, groups) - mean * scale
         dtype = torch.float32 if torch.compiler.is_compiling() else x.dtype  # eager would store it
         shape = (*x.shape[:2], *[1] * len(inner))
-        scale, shift = scale.to(dtype).reshape(shape), shift.to(dtype).reshape(shape)
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        scale = scale.to(dtype).reshape(shape)
+        return torch.addcmul(shift.to(dtype).reshape(shape), x, scale).to(x.dtype)
 
 
 class Generator:
@@ -570,11 +587,13 @@ class Generator:
         self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 14, enabled=half)
         self.schedule(pipe.scheduler, timestep, prediction)
         side = self.unet.config.sample_size
-        self.noise_shape, self.picture_side = (4, side, side), side * pipe.vae_scale_factor
+        self.noise_shape = (4, side, side)
+        self.picture_side = side * pipe.vae_scale_factor
 
     def schedule(self, scheduler, timestep, prediction):
         """t, abar, k and what is predicted; the scheduler decides nothing else in silence."""
-        steps, name = len(scheduler.alphas_cumprod), type(scheduler).__name__
+        name = type(scheduler).__name__
+        steps = len(scheduler.alphas_cumprod)
         spacing = scheduler.config.get("timestep_spacing")
         if not -1 <= timestep < steps:
             raise UserError(f"--timestep is {timestep}; expected -1 (last), or 0 to {steps - 1}")
@@ -683,8 +702,10 @@ class Generator:
         from safetensors.torch import save
         diffusers, kohya = {}, {}
         for name, layer in self.lora.items():
-            key, scale = kohya_name(name, self.xl), layer.alpha / layer.rank
-            down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
+            key = kohya_name(name, self.xl)
+            scale = layer.alpha / layer.rank
+            down = layer.down.detach().cpu()
+            up = layer.up.detach().cpu()
             diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
             diffusers[f"unet.{name}.lora_B.weight"] = up * scale  # alpha = rank there
             kohya[f"{key}.lora_up.weight"] = up
@@ -701,15 +722,20 @@ class Generator:
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
         targets, layers = self.targets(), {}
-        names = {kohya_name(name, xl): name for name in targets for xl in (self.xl, False)}
-        names.update({name: name for name in targets})
+        names = {}
+        for name in targets:
+            for known in (name, kohya_name(name, self.xl), kohya_name(name, False)):
+                names[known] = name
         metadata, found, left = rewards.read_lora(path, names)
-        for name in [name for name in targets if name in found]:  # in the order of the targets
+        for name in targets:
+            parts = found.get(name)
+            if not parts:
+                continue
             try:
-                down, up = found[name]["down"], found[name]["up"]
-                alpha = found[name].get("alpha", len(down))
-                layers[name] = LoRA(targets[name], len(down), alpha, self.switch)
-                layers[name].load_state_dict({"down": down, "up": up}, strict=False)
+                rank = len(parts["down"])
+                layers[name] = LoRA(targets[name], rank, parts.get("alpha", rank), self.switch)
+                weights = {"down": parts["down"], "up": parts["up"]}
+                layers[name].load_state_dict(weights, strict=False)
             except (KeyError, RuntimeError):  # a part is missing, or of another shape
                 left.append(name)
         if left or not layers:
@@ -804,7 +830,8 @@ def generate(G, phi, batch, first, count):
 
 def candidates(G, phi, reward, batch, at_once):
     """(A) Sample, decode, score; and the features of the candidates and of the base's pictures."""
-    K, parts = batch.noise.shape[1], []
+    K = batch.noise.shape[1]
+    parts = []
     for first in range(0, len(batch.prompts) * K, at_once):
         x, z = generate(G, phi, batch, first, at_once)
         scores = {}
@@ -812,19 +839,30 @@ def candidates(G, phi, reward, batch, at_once):
             with G.reference():
                 x_ref, r = generate(G, phi, batch, first, at_once)
             if reward:
-                with phase("decode"):
-                    pictures = G.decode(x)
-                if not pictures.isfinite().all():
-                    raise UserError("the VAE gives NaN; try --dtype bf16 or fp32")
-                with phase("reward"):
-                    prompts = [batch.prompts[i // K] for i in range(first, first + len(x))]
-                    scores = reward.score(pictures, prompts, watch=batch.watch)
-        parts.append(Candidates(x.detach(), x_ref, z, r, scores))
-    return Candidates(
-        x=torch.cat([part.x for part in parts]), x_ref=torch.cat([part.x_ref for part in parts]),
-        z=[torch.cat(chunks) for chunks in zip(*[part.z for part in parts])],
-        r=[torch.cat(chunks) for chunks in zip(*[part.r for part in parts])],
-        scores={name: torch.cat([part.scores[name] for part in parts]) for name in scores})
+                scores = score(G, reward, batch, x, first)
+        parts.append((x.detach(), x_ref, z, r, scores))
+    x, x_ref, z, r, scores = zip(*parts)
+    joined = {}
+    for name in scores[0]:
+        joined[name] = torch.cat([part[name] for part in scores])
+    return Candidates(torch.cat(x), torch.cat(x_ref), join_maps(z), join_maps(r), joined)
+
+
+def join_maps(chunks):
+    """Chunks of lists of maps (B, T, D) -> one list of maps (n, T, D)."""
+    return [torch.cat(parts) for parts in zip(*chunks)]
+
+
+def score(G, reward, batch, x, first):
+    """Latents x of the pictures from number `first` on -> {part of the reward: (B,)}."""
+    with phase("decode"):
+        pictures = G.decode(x)
+    if not pictures.isfinite().all():
+        raise UserError("the VAE gives NaN; try --dtype bf16 or fp32")
+    K = batch.noise.shape[1]
+    with phase("reward"):
+        prompts = [batch.prompts[i // K] for i in range(first, first + len(x))]
+        return reward.score(pictures, prompts, watch=batch.watch)
 
 
 def targets(found, batch, reward, cfg):
@@ -832,10 +870,12 @@ def targets(found, batch, reward, cfg):
 
     -> for each map the gradient (n, T, D), and for each prompt a dict of figures."""
     K = batch.noise.shape[1]
-    gradients, figures = [torch.empty_like(z) for z in found.z], []
+    gradients = [torch.empty_like(z) for z in found.z]
+    figures = []
     for p in range(len(batch.prompts)):
         i = slice(p * K, (p + 1) * K)
-        x, x_ref = found.x[i].flatten(1), found.x_ref[i].flatten(1)
+        x = found.x[i].flatten(1)
+        x_ref = found.x_ref[i].flatten(1)
         of_prompt = {"within": mean_distance(distances(x, x)), "loss": 0,
                      "within_ref": mean_distance(distances(x_ref, x_ref)),
                      "distance": (x - x_ref).square().mean().sqrt()}
@@ -844,11 +884,13 @@ def targets(found, batch, reward, cfg):
             scores = reward.combine(native)  # (K,)
             positive, negative = rank(scores, cfg.anchors)  # (K,)
             of_prompt |= rewards.figures(scores, positive, negative, native)
-            positive, negative = positive.to(x.device), negative.to(x.device)
-        for j, (z, r) in enumerate(zip(found.z, found.r)):
-            z, r = z[i].detach(), r[i]  # (K, T, D)
-            best, worst = batch.pairs[p][j] if batch.pairs else (z[positive], z[negative])
-            vectors = [h.flatten(0, 1) for h in (z, r, best, worst)]  # (N, D) twice, (M, D) twice
+        for j in range(len(found.z)):
+            z = found.z[j][i].detach()  # (K, T, D)
+            if batch.pairs:
+                best, worst = batch.pairs[p][j]  # (m, T, D)
+            else:
+                best, worst = z[positive.to(z.device)], z[negative.to(z.device)]
+            vectors = [h.flatten(0, 1) for h in (z, found.r[j][i], best, worst)]  # (N, D), (M, D)
             gradient, loss, rms = loss_gradient(*vectors, cfg)
             gradients[j][i] = gradient.view_as(z)
             of_prompt["loss"] += loss
@@ -886,7 +928,8 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
 
     reward: `rewards.Reward`, or None with batch.pairs; micro: pictures at once."""
     P, K = batch.noise.shape[:2]
-    together, figures = max(1, micro // K), []  # whole prompts at once
+    together = max(1, micro // K)  # whole prompts at once
+    figures = []
     for first in range(0, P, together):
         i = slice(first, first + together)
         part = replace(batch, prompts=batch.prompts[i], condition=rows(batch.condition, i),
@@ -961,15 +1004,17 @@ def check(cfg):
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
     for f in fields(Config):
-        least, value = f.metadata["least"], getattr(cfg, f.name)
-        expect(f.name, least is None or least <= value < 2 ** 63, f"a number, at least {least}")
+        least = f.metadata["least"]
+        fits = least is None or least <= getattr(cfg, f.name) < 2 ** 63
+        expect(f.name, fits, f"a number, at least {least}")
     expect("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
            f"at most half of --candidates {cfg.candidates}: best and worst would overlap")
     expect("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
            "positive numbers, as 0.2,0.5,1")
     expect("micro_batch", re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)),
            "auto or a number of pictures")
-    expect("device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device), "auto, cuda:1, cpu, mps")
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device)
+    expect("device", known, "auto, cuda, cuda:1, cpu or mps")
     there = {"c": torch.cuda.is_available, "m": torch.backends.mps.is_available}
     if cfg.device not in ("auto", "cpu"):
         expect("device", there[cfg.device[0]](), "cpu: torch sees no CUDA device or mps here")
@@ -978,7 +1023,8 @@ def check(cfg):
 
 def start(cfg):
     """Device, dtype, seeds, and under torchrun the process group -> device, dtype, rank, world."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1061,7 +1107,8 @@ def open_run(cfg, G, optimizer, prompts, at):
     if int(os.environ.get("RANK", 0)) > 0:
         yield None
         return
-    first, folder = at["step"], rewards.RunFolder(cfg, prompts, at["step"])
+    first = at["step"]
+    folder = rewards.RunFolder(cfg, prompts, first)
     try:
         if not cfg.resume:
             save(folder.path, cfg, G, optimizer, at)
@@ -1088,17 +1135,20 @@ def train(cfg, reward=None):
     if cfg.compile:
         G.compile_all()
     phi = load_features(cfg.features, G)
-    pairs = rewards.load_pairs(cfg.pairs) if cfg.pairs else None
-    prompts = [pair[0] for pair in pairs] if pairs else rewards.load_prompts(cfg.prompts)
-    reward = None if pairs else rewards.load(reward or cfg.reward, device, cfg.watch)
+    if cfg.pairs:
+        pairs, reward = rewards.load_pairs(cfg.pairs), None
+        prompts = [pair[0] for pair in pairs]
+    else:
+        pairs, prompts = None, rewards.load_prompts(cfg.prompts)
+        reward = rewards.load(reward or cfg.reward, device, cfg.watch)
     torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
     parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
                                   fused=G.device.type == "cuda")
     at = load(cfg.resume, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
-    bad, stopping, trying = 0, 0, cfg.micro_batch == "auto"
-    micro = 0 if trying else int(cfg.micro_batch)
-    nothing = contextlib.nullcontext()
+    bad = stopping = 0
+    trying = cfg.micro_batch == "auto"
+    micro = int(cfg.micro_batch.replace("auto", "0"))
 
     with rewards.Stop() as stop, open_run(cfg, G, optimizer, prompts, at) as folder:
         while at["step"] < cfg.steps and not stopping and bad < 3:
@@ -1107,8 +1157,9 @@ def train(cfg, reward=None):
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = at["step"] % cfg.watch_every == 0 or at["step"] == cfg.steps - 1
             micro = micro or fitting_micro_batch(G, phi, batch)
-            eager = torch.compiler.set_stance("force_eager") if trying and cfg.compile else nothing
-            with eager:  # compiling for a size that does not fit would cost minutes
+            with contextlib.ExitStack() as eager:
+                if trying and cfg.compile:  # for a size that does not fit that would cost minutes
+                    eager.enter_context(torch.compiler.set_stance("force_eager"))
                 metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
             trying = False
 

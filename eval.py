@@ -162,9 +162,11 @@ def open_run(path):
     path, saved = Path(path), {}
     if not path.exists():
         raise UserError(f"{path}: no such run or LoRA file")
+    metadata, _, _ = rewards.read_lora(path, {})
     if (path / "config.json").is_file():
         saved = rewards.read_config(path)
-    metadata, _, _ = rewards.read_lora(path, {})
+    elif metadata.get("settings"):  # a file of ours carries them
+        saved = json.loads(metadata["settings"])
     saved["file"], saved["made_for"] = rewards.lora_file(path), metadata.get("base_model", "")
     saved["unet"] = saved.get("unet") or metadata.get("base_unet", "")
     saved["model"] = saved.get("model") or saved["made_for"]

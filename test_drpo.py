@@ -1656,6 +1656,19 @@ class TestOneUpdate:
         with pytest.raises(UserError, match="--micro-batch 1"):
             drpo.gradient_that_fits(G, phi, _DpScore(TABLE), batch, cfg, 4)
 
+    def test_auto_never_asks_for_more_than_there_is(self, _dp_models):
+        """On a CPU: all pictures of the update, or 64 of a large one, but whole prompts where they are larger."""
+        G = _dp_open(_dp_models / "sd")
+        for P, K, want in ((2, 6, 12), (8, 24, 64), (2, 100, 100)):
+            batch = drpo.Batch(["a"] * P, G.encode(["a"] * P), torch.zeros(P, K, 4, 8, 8))
+            assert drpo.fitting_micro_batch(G, None, batch) == want
+
+    def test_a_vae_that_gives_nan_ends_with_a_line(self, _dp_tuned, monkeypatch):
+        G, params = _dp_tuned
+        monkeypatch.setattr(G, "decode", lambda x: torch.full((len(x), 3, 32, 32), math.nan))
+        with pytest.raises(UserError, match="the VAE gives NaN"):
+            _dp_gradient(G, params, "vae", 12)
+
     def test_skipped_and_unsure_prompts(self, _dp_tuned):
         """All equal or all NaN: the reference drift alone, counted; a NaN is no anchor but is still moved."""
         G, params = _dp_tuned

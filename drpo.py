@@ -41,6 +41,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,8 @@ PRESETS = {
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
 MODELS = {"toy": TOY, "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
+# without inductor's layout pass, which on a CPU lost 38% of a tiny UNet's gradient (torch 2.13)
+COMPILE = dict(dynamic=False, options={"layout_optimization": False})
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -398,7 +401,7 @@ def latent_mae(G, path=None):
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: no whole latent-MAE ({one_line(e)})") from e
     w = {name: weight.to(G.device, dtype) for name, weight in w.items()}
-    encode = torch.compile(mae_encoder, dynamic=False) if G.compile else mae_encoder
+    encode = torch.compile(mae_encoder, **COMPILE) if G.compile else mae_encoder
 
     def phi(x, condition):
         h = scaled_backward(lambda x: encode(w, x.to(dtype)), x)  # (B, C, h/8, w/8)
@@ -453,14 +456,14 @@ def unet_features(G, path=None):
     return phi
 
 
-def vit_features(G, repo, class_name):
-    """A vision transformer on the decoded picture, 224 x 224: of hidden_states[12] the mean and the
-    std over the patches, and the class token: three maps."""
+def vit_features(repo, class_name, G, path=None):
+    """`mae`, `dino`: a vision transformer on the decoded picture, 224 x 224: of hidden_states[12]
+    the mean and the std over the patches, and the class token: three maps."""
     import transformers
     try:
-        net = getattr(transformers, class_name).from_pretrained(repo)
+        net = getattr(transformers, class_name).from_pretrained(path or repo)
     except Exception as e:
-        raise UserError(f"features: {rewards.hub_trouble(repo, e)}") from e
+        raise UserError(f"features: {rewards.hub_trouble(path or repo, e)}") from e
     net.config.mask_ratio = 0.0
     net = net.to(G.device, G.dtype).eval().requires_grad_(False)
     patches = (224 // net.config.patch_size) ** 2
@@ -479,18 +482,10 @@ def vit_features(G, repo, class_name):
     return phi
 
 
-def mae_features(G, path=None):
-    """`mae`: facebook/vit-mae-base (CC-BY-NC-4.0)."""
-    return vit_features(G, path or "facebook/vit-mae-base", "ViTMAEModel")
-
-
-def dino_features(G, path=None):
-    """`dino`: facebook/dinov2-base (Apache-2.0)."""
-    return vit_features(G, path or "facebook/dinov2-base", "Dinov2Model")
-
-
-FEATURES = {"latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
-            "mae": mae_features, "dino": dino_features}  # a new one: add its factory here
+FEATURES = {  # name: factory(G, path or None) -> phi. A new one: add it here
+    "latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
+    "mae": partial(vit_features, "facebook/vit-mae-base", "ViTMAEModel"),  # CC-BY-NC-4.0
+    "dino": partial(vit_features, "facebook/dinov2-base", "Dinov2Model")}  # Apache-2.0
 
 
 def load_features(spec, G):
@@ -619,11 +614,10 @@ class Generator:
         self.compiled(self.vae.decoder)
 
     def compiled(self, net):
-        """Compile a network in place, if --compile asks for it; what fails goes on eagerly. Without
-        inductor's layout pass: on a CPU it lost 38% of a tiny UNet's gradient (torch 2.13)."""
+        """Compile a network in place, if --compile asks for it; what fails goes on eagerly."""
         if self.compile:
             torch._dynamo.config.suppress_errors = True
-            net.compile(dynamic=False, options={"layout_optimization": False})
+            net.compile(**COMPILE)
 
     @torch.no_grad()
     def encode(self, prompts):

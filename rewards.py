@@ -1683,27 +1683,40 @@ def newest_checkpoint(folder):
 
 
 class Stop:
-    """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it
-    at once. Forked children of a reward, and whoever comes after, have the handlers of before."""
+    """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once. signal: the
+    one that came, or 0. Forked children of a reward, and whoever comes after, have the handlers of before."""
+    active = None
 
     def __enter__(self):
-        self.signal, self.process, self.before = 0, os.getpid(), {}
+        self.signal, self.before, Stop.active = 0, {}, self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
+        Stop.active = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if os.getpid() == self.process and not self.signal:
+        """The first is remembered, the second does what it did before this run."""
+        if not self.signal:
             self.signal = number
             print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
             return
         self.__exit__()
         os.kill(os.getpid(), number)
+
+    @staticmethod
+    def in_child():
+        """At a fork, before any code runs: a child that waits in a lock could not run a handler of ours."""
+        if Stop.active:
+            Stop.active.__exit__()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Stop.in_child)
 
 
 FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",

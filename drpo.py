@@ -1233,8 +1233,8 @@ def main(argv=None):
     """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
     try:
         train(parse(argv))
-        if dist.is_available() and dist.is_initialized():  # not where a rank ended otherwise: it might wait for the others
-            dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # where a rank ends early this might wait for the others
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

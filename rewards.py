@@ -1865,6 +1865,7 @@ def model_index(path, known):
         index = Path(path) / "model_index.json"
         if not Path(path).is_dir():
             from huggingface_hub import hf_hub_download
+            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its five retries: we say it in one line
             index = hf_hub_download(path, "model_index.json")
         return json.loads(Path(index).read_text(encoding="utf-8"))
     except Exception as e:

@@ -98,7 +98,8 @@ def load(spec, device="cpu", watch=""):
     scored on request and never ranked on. UserError: unknown name, bad weight, missing files."""
     if callable(spec):
         name = getattr(spec, "__name__", type(spec).__name__)
-        weights, parts = {name: 1.0}, {name: spec}
+        weights = {name: 1.0}
+        parts = {name: spec}
     else:
         weights = parse(spec)
         parts = {name: build(name, device) for name in weights}
@@ -112,7 +113,8 @@ def parse(spec):
     """`name[=weight],...` -> {name: weight}: finite, not 0, and 1.0 where none is given."""
     weights = {}
     for item in str(spec).split(","):
-        name, weight = item.strip(), "1"
+        name = item.strip()
+        weight = "1"
         last_pair = re.search(r"\?(?:.*&)?(.*)", name)
         if name.count("=") and (last_pair is None or last_pair[1].count("=") > 1):
             name, _, weight = (text.strip() for text in name.rpartition("="))
@@ -171,7 +173,8 @@ def import_file(path):
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    root, name = path.parent, path.stem
+    root = path.parent
+    name = path.stem
     while (root / "__init__.py").exists():
         root, name = root.parent, f"{root.name}.{name}"
     aside = {}
@@ -198,7 +201,10 @@ class Reward:
     callable} that are only looked at."""
 
     def __init__(self, name, parts, weights, watched=None):
-        self.name, self.parts, self.weights, self.watched = name, parts, weights, watched or {}
+        self.name = name
+        self.parts = parts
+        self.weights = weights
+        self.watched = watched or {}
 
     def __call__(self, images, prompts):
         """images, prompts as in `score` -> float64 (B,): `combine` over those that share a prompt."""
@@ -222,7 +228,8 @@ class Reward:
         parts = dict(self.parts)
         if watch:
             parts |= {f"watch/{name}": part for name, part in self.watched.items()}
-        pictures, scores = None if tensor else images, {}
+        pictures = None if tensor else images
+        scores = {}
         for name, part in parts.items():
             call = getattr(part, "score_tensor", None) if tensor else None
             if not call and pictures is None:
@@ -272,7 +279,8 @@ def checked(name, call, images, prompts):
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
-    says, rule = f"reward {name!r}: returned", "a reward returns one float an image"
+    says = f"reward {name!r}: returned"
+    rule = "a reward returns one float an image"
     if isinstance(values, torch.Tensor) and values.ndim == 1:
         if values.dtype == torch.bool or values.is_complex() or values.layout != torch.strided:
             raise UserError(f"{says} a tensor of {values.dtype}, {values.layout}; {rule}")
@@ -429,7 +437,8 @@ def linear_head(weights, prefix, device):
 
 def takes_tensors(score, batch_size):
     """Marks a function that takes PIL images and tensors alike."""
-    score.score_tensor, score.batch_size = score, batch_size
+    score.score_tensor = score
+    score.batch_size = batch_size
     return score
 
 
@@ -491,8 +500,10 @@ def jpeg(images, prompts):
 
 # ===== CLIP and its descendants
 
-CLIP_L, PICKSCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_L = "openai/clip-vit-large-patch14"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_H = {  # open_clip's ViT-H-14, which PickScore and HPSv2 are tuned from
     "projection_dim": 1024,
     "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -526,10 +537,12 @@ def clip_pixels(images, device, size=224, fit="floor"):
     squares = []
     for batch in batches:
         x = resize(batch, size)  # (b,3,h,w), 0..1
-        left, top = (size - x.shape[-1]) / 2, (size - x.shape[-2]) / 2  # negative: cuts
+        left = (size - x.shape[-1]) / 2
+        top = (size - x.shape[-2]) / 2  # negative: cuts
         left, top = (int(round(left)), int(round(top))) if fit == "round" else (int(left), int(top))
         squares.append(F.pad(x, (left, size - x.shape[-1] - left, top, size - x.shape[-2] - top)))
-    mean, std = constants(CLIP_MEAN, device), constants(CLIP_STD, device)
+    mean = constants(CLIP_MEAN, device)
+    std = constants(CLIP_STD, device)
     return (torch.cat([x.to(device) for x in squares]) - mean) / std
 
 
@@ -544,7 +557,8 @@ def crop_resize(image, size):
     """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the short side `size`: 8 bits and PIL's bicubic filter."""
     width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     short = min(width, height)
-    width, height = int(size * width / short), int(size * height / short)
+    width = int(size * width / short)
+    height = int(size * height / short)
     if isinstance(image, Image.Image):
         small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         return as_tensor(small)[None]
@@ -561,8 +575,11 @@ class Clip:
     """
 
     def __init__(self, model, tokenize, device, fit="floor"):
-        self.tokenize, self.fit, self.known = tokenize, fit, {}
-        self.size, self.scale = model.config.vision_config.image_size, model.logit_scale.float().exp().item()
+        self.tokenize = tokenize
+        self.fit = fit
+        self.known = {}
+        self.size = model.config.vision_config.image_size
+        self.scale = model.logit_scale.float().exp().item()
         self.model = model.to(device, half_on(device))  # after the scale: in half precision it would be 0.2% off
 
     @torch.no_grad()
@@ -577,7 +594,8 @@ class Clip:
         """list of B strings -> (B,D)."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         if len(self.known) + len(new) > 4096:
-            self.known, new = {}, list(dict.fromkeys(texts))
+            self.known = {}
+            new = list(dict.fromkeys(texts))
         for i in range(0, len(new), 256):
             # padding comes after the token that is pooled, and attention looks back only: no mask is needed. One, or a
             # copy that blocks, would make the host wait for the GPU
@@ -671,7 +689,8 @@ def hpsv2(device="cpu", path=None):
              2.1 file and, to stay off the hub, the files of any CLIP tokenizer
     """
     from transformers import CLIPConfig, CLIPModel
-    repo, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+    repo = "xswu/HPSv2"
+    file = "HPS_v2.1_compressed.pt"
     with fetching("hpsv2", file, repo, path):
         weights = torch.load(repo_file(repo, file, path), map_location="cpu", weights_only=True)["state_dict"]
         model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=from_open_clip(weights))
@@ -771,7 +790,8 @@ def from_blip(weights, device):
     """State dict of ImageReward -> transformers' BlipVisionModel and BlipTextModel."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
-    seen, read = {}, {}
+    seen = {}
+    read = {}
     for key, value in weights.items():
         if key.startswith("blip.visual_encoder."):
             key = re.sub(r"^norm\.", "post_layernorm.", key.removeprefix("blip.visual_encoder."))
@@ -849,7 +869,8 @@ class Found(NamedTuple):
 def confident(objects, tag):
     """{class: [Found]} -> the same, best first (of equal ones the last), without those at or below the threshold (0.9
     when the prompt counts, else 0.3), and at most 16 of a class."""
-    threshold, kept = 0.9 if tag == "counting" else 0.3, {}
+    threshold = 0.9 if tag == "counting" else 0.3
+    kept = {}
     for name, found in objects.items():
         ordered = sorted(found, key=lambda f: f.score)[::-1]
         kept[name] = [f for f in ordered if f.score > threshold][:16]
@@ -862,7 +883,8 @@ def relative_position(a, b):
     Centres nearer than a tenth of the summed sizes do not count as apart; a direction counts when it makes up more than
     half of the distance between the centres.
     """
-    a, b = np.array(a, float).reshape(2, 2), np.array(b, float).reshape(2, 2)
+    a = np.array(a, float).reshape(2, 2)
+    b = np.array(b, float).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     margin = 0.1 * ((a[1] - a[0]) + (b[1] - b[0]))
     apart = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
@@ -881,10 +903,13 @@ def judge(wanted, objects, colours):
     the colour of each. Every clause gives terms in [0,1] (share of the objects found, share of them in their colour,
     place 0 or 1, an excess over what is excluded); correct = all are 1, dense = their mean.
     """
-    terms, groups = [], []
+    terms = []
+    groups = []
     for clause in wanted.get("include", []):
-        name, count = clause["class"], clause["count"]
-        found, first = objects.get(name, [])[:count], len(terms)
+        name = clause["class"]
+        count = clause["count"]
+        found = objects.get(name, [])[:count]
+        first = len(terms)
         terms.append(len(found) / count)
         if "color" in clause:
             terms.append(min(colours(found, name).count(clause["color"]) / count, 1) if found else 0)
@@ -909,7 +934,8 @@ def detections(class_logits, mask_logits, padded, inside, size, floor=0.3):
     and class, score = class probability x mean mask probability inside the mask.
     """
     probability, index = class_logits.softmax(-1)[:, :-1].flatten().topk(min(100, class_logits[:, :-1].numel()))
-    index, probability = index[probability > floor], probability[probability > floor]  # the mask factor is at most 1
+    index = index[probability > floor]
+    probability = probability[probability > floor]  # the mask factor is at most 1
     objects = {}
     for p, i in zip(probability.tolist(), index.tolist()):
         query, name = divmod(i, len(COCO))
@@ -919,7 +945,8 @@ def detections(class_logits, mask_logits, padded, inside, size, floor=0.3):
         if not mask.any():
             continue
         score = p * logits[mask].sigmoid().mean().item()
-        y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
+        y = mask.any(1).nonzero()
+        x = mask.any(0).nonzero()
         box = (x[0].item(), y[0].item(), x[-1].item() + 1, y[-1].item() + 1)
         if score > floor:
             objects.setdefault(COCO[name], []).append(Found(box, score, mask))
@@ -939,7 +966,8 @@ class Detector:
                 self.model = Mask2FormerModel(config)
                 self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
                 self.post_init()
-        self.trunk, self.device = frozen(Trunk, source).to(device), device
+        self.trunk = frozen(Trunk, source).to(device)
+        self.device = device
         if self.trunk.config.num_labels != len(COCO):
             raise ValueError(f"the detector knows {self.trunk.config.num_labels} classes, not the 80 of COCO")
 
@@ -971,7 +999,10 @@ class GenEval:
     batch_size = 8
 
     def __init__(self, detect, clip, metadata, device):
-        self.detect, self.clip, self.metadata, self.device = detect, clip, metadata, device
+        self.detect = detect
+        self.clip = clip
+        self.metadata = metadata
+        self.device = device
         self.prompts = list(metadata)
 
     def __call__(self, images, prompts):
@@ -1080,8 +1111,10 @@ def post_json(url, payload, token, who):
     after what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is a UserError at once."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     body = json.dumps(payload).encode()
-    patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 300)
-    deadline, pause = time.monotonic() + patience, 0.5
+    patience = seconds("REWARD_PATIENCE", 600)
+    timeout = seconds("REWARD_TIMEOUT", 300)
+    deadline = time.monotonic() + patience
+    pause = 0.5
     here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy to this machine
     while True:
@@ -1092,7 +1125,9 @@ def post_json(url, payload, token, who):
             except urllib.error.HTTPError as refusal:
                 answer = refusal
             with answer:
-                status, text, given = answer.status, answer.read(), answer.headers.get("Retry-After", "")
+                status = answer.status
+                text = answer.read()
+                given = answer.headers.get("Retry-After", "")
         except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and broken connections among them
             trouble = one_line(error)
         else:
@@ -1175,11 +1210,14 @@ class Vlm:
     def __init__(self, address):
         parts = checked_url(f"vlm@{address}", address)
         query = urllib.parse.parse_qs(parts.query)
-        self.model, tokens = query.get("model", [None])[0], query.get("tokens", ["1024"])[0]
+        self.model = query.get("model", [None])[0]
+        tokens = query.get("tokens", ["1024"])[0]
         if not self.model or not tokens.isdecimal():
             raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME&tokens=1024")
         base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-        self.url, self.unparsed, self.lock = base + "/v1/chat/completions", 0, threading.Lock()
+        self.url = base + "/v1/chat/completions"
+        self.unparsed = 0
+        self.lock = threading.Lock()
         self.options = {"temperature": 0, "max_tokens": int(tokens)}
 
     def __call__(self, images, prompts):
@@ -1192,7 +1230,8 @@ class Vlm:
         they are asked once more, and from then on, in their own words."""
         token = os.environ.get("VLM_TOKEN") or os.environ.get("OPENAI_API_KEY")
         message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        who, options = f"reward 'vlm' at {self.url}", self.options
+        who = f"reward 'vlm' at {self.url}"
+        options = self.options
         try:
             answer = post_json(self.url, {**message, **options}, token, who)
         except UserError as error:
@@ -1295,7 +1334,8 @@ class Handler(BaseHTTPRequestHandler):
         """The request's body, if its sender, place and size are right."""
         length = self.headers.get("Content-Length", "")
         self.unread = int(length) if length.isdecimal() and len(length) < 20 else 0
-        token, given = self.server.token, self.headers.get("Authorization", "")
+        token = self.server.token
+        given = self.headers.get("Authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Refused(401, "wrong or missing bearer token")
         if self.path != "/score":
@@ -1318,7 +1358,8 @@ class Handler(BaseHTTPRequestHandler):
         """JSON bytes -> list of numbers, None for NaN."""
         try:
             request = json.loads(body)
-            prompts, texts = request["prompts"], request["images"]
+            prompts = request["prompts"]
+            texts = request["images"]
             if not isinstance(prompts, list) or not isinstance(texts, list) or {type(p) for p in prompts} - {str}:
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -1359,7 +1400,10 @@ def server(reward, host="127.0.0.1", port=8000, token=None, max_body=256 * 2**20
         bound = ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on {host}:{port}: {one_line(error)}") from None
-    bound.reward, bound.token, bound.max_body, bound.lock = reward, token, max_body, threading.Lock()
+    bound.reward = reward
+    bound.token = token
+    bound.max_body = max_body
+    bound.lock = threading.Lock()
     return bound
 
 
@@ -1409,7 +1453,8 @@ def load_prompts(spec):
     if not path.is_file():
         near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
         raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
-    text, ending = read_text(path), path.suffix.lower()
+    text = read_text(path)
+    ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
         rows = [(n, json_value(path, n, line)) for n, line in lines_of(text)]
     elif ending == ".json":
@@ -1455,7 +1500,8 @@ def json_value(path, n, text):
 def load_pairs(path):
     """Offline pairs -> list of (prompt, [chosen files], [rejected files]), all in the folder of the
     .jsonl; every picture is opened now, so that a bad one is named before the run begins."""
-    path, pairs = Path(path), []
+    path = Path(path)
+    pairs = []
     home = path.resolve().parent
     for n, line in lines_of(read_text(path)):
         row = json_value(path, n, line)
@@ -1520,7 +1566,8 @@ def picture_grid(rows, captions, labels):
     """Rows of PIL pictures under captions (one a column), labels at the left -> one PIL picture."""
     width = rows[0][0].width
     side = 256 if width >= 256 else width * max(1, 160 // width)  # small ones by a whole factor
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(14)
+    font = ImageFont.load_default(13)
+    bold = ImageFont.load_default(14)
     texts = ["\n".join(textwrap.wrap(caption, side // 7)[:4]) for caption in captions]
     labels = ["\n".join(textwrap.wrap(label, 14)) for label in labels]
     top = 14 + 17 * max(text.count("\n") + 1 for text in texts)
@@ -1549,8 +1596,12 @@ class RunFolder:
 
     def __init__(self, cfg, prompts, step):
         """Goes on in the folder of --resume, or claims a new one: config.json opens exclusively."""
-        self.cfg, self.metrics, self.began = cfg, [], time.perf_counter()
-        self.path, self.made, self.first = Path(cfg.resume), False, step
+        self.cfg = cfg
+        self.metrics = []
+        self.began = time.perf_counter()
+        self.path = Path(cfg.resume)
+        self.made = False
+        self.first = step
         if not cfg.resume:
             self.claim()
         config = asdict(cfg)
@@ -1608,7 +1659,8 @@ class RunFolder:
         print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {gpus} ranks' * (gpus > 1)} = "
               f"{cfg.batch * cfg.candidates * gpus} pictures an update; {len(prompts):,} prompts; "
               f"{sum(p.numel() for p in G.parameters()):,} trainable weights; {G.dtype} on {G.device}")
-        most, ids = G.pipe.tokenizer.model_max_length, G.pipe.tokenizer(prompts).input_ids
+        most = G.pipe.tokenizer.model_max_length
+        ids = G.pipe.tokenizer(prompts).input_ids
         long = sum(len(tokens) > most for tokens in ids)
         if long:
             print(f"{long} prompts are longer than {most} tokens: their end is not seen", file=sys.stderr)
@@ -1638,7 +1690,8 @@ class RunFolder:
         if not self.cfg.preview_every:
             return
         n = min(8, len(prompts))
-        shown, rows = [prompts[i * len(prompts) // n] for i in range(n)], []
+        shown = [prompts[i * len(prompts) // n] for i in range(n)]
+        rows = []
         for context in (G.reference(), nullcontext()):
             with context:
                 row = []
@@ -1688,7 +1741,9 @@ class Stop:
     active = None
 
     def __enter__(self):
-        self.signal, self.before, Stop.active = 0, {}, self
+        self.signal = 0
+        self.before = {}
+        Stop.active = self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
@@ -1750,7 +1805,8 @@ def read_config(folder):
 
 def read_metrics(folder, last=math.inf):
     """metrics.jsonl up to step `last`; a torn or blank line is left out, of two of a step the later stays."""
-    path, found = Path(folder) / "metrics.jsonl", {}
+    path = Path(folder) / "metrics.jsonl"
+    found = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError, TypeError, KeyError):
             metrics = json.loads(line)
@@ -1779,7 +1835,8 @@ LATENT_MAE = ("https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/r
 def read_latent_mae(path=None):
     """DrPO's authors' file -> {name: weight} of its encoder: convolutions `.kernel` (HWIO) or `.weight` (OIHW), norms
     `.scale` or `.weight`. UserError: torn, or no encoder in it."""
-    path, weights = path or fetch(*LATENT_MAE), {}
+    path = path or fetch(*LATENT_MAE)
+    weights = {}
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         while not any(key.startswith("encoder.") for key in found):  # as in {"model": ...}
@@ -1794,7 +1851,8 @@ def read_latent_mae(path=None):
     return weights
 
 
-LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
 
 
 def kohya_name(name, xl):
@@ -1804,7 +1862,8 @@ def kohya_name(name, xl):
     match = re.match(r"(down|mid|up)_blocks?_(?:(\d)_)?attentions_(\d)", flat)
     if not xl or not match:  # SD keeps diffusers' names
         return "lora_unet_" + flat
-    block, attention = int(match[2] or 0), int(match[3])
+    block = int(match[2] or 0)
+    attention = int(match[3])
     place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
              "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
     return "lora_unet_" + place + flat[match.end():]
@@ -1826,14 +1885,16 @@ def read_lora(path, layer_of):
     """A LoRA file, or the one in a folder, and {any name of a layer: layer} -> its metadata, {layer: {"down", "up",
     "alpha"}}, and the keys that fit no layer."""
     from safetensors import safe_open
-    found, left = {}, []
+    found = {}
+    left = []
     try:
         with safe_open(lora_file(path), "pt") as f:
             metadata = f.metadata() or {}
             for key in f.keys():
                 match = LORA_KEY.fullmatch(key)
                 if match and match[1] in layer_of:
-                    part, value = {"A": "down", "B": "up"}.get(match[2], match[2]), f.get_tensor(key).float()
+                    part = {"A": "down", "B": "up"}.get(match[2], match[2])
+                    value = f.get_tensor(key).float()
                     found.setdefault(layer_of[match[1]], {})[part] = float(value) if part == "alpha" else value
                 else:
                     left.append(key)
@@ -1910,7 +1971,8 @@ def assemble(folder, index, dtype, diffusers, transformers):
                                                          requires_safety_checker=False)
     if is_xl(index):
         parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection
-        kind, rest = diffusers.StableDiffusionXLPipeline, {}
+        kind = diffusers.StableDiffusionXLPipeline
+        rest = {}
     unet_files = [file.name for file in (Path(folder) / "unet").glob("*model*")]
     half = unet_files and all(".fp16." in name for name in unet_files)
     for part, cls in parts.items():

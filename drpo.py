@@ -164,8 +164,7 @@ def dipole_energy(z, positive, negative, *, radius, kernel="laplacian"):
     """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)], the paper's dipole reward.
 
     z (N, D); positive, negative (M+, D), (M-, D); radius = tau / s -> (N,)."""
-    z = z.float()
-    a = torch.cat([positive, negative]).float()  # (M, D), M = M+ + M-
+    z, a = z.float(), torch.cat([positive, negative]).float()  # (N, D), (M, D), M = M+ + M-
     d = distances(z, a)  # (N, M)
     k = log_kernel(z, a, d, radius, mean_distance(d), kernel).exp()  # (N, M)
     return k[:, :len(positive)].sum(1) - k[:, len(positive):].sum(1)
@@ -196,9 +195,7 @@ def dipole_field(z, positive, negative, *, radii, kernel="laplacian", return_rms
         V, rms = unit_rms(V)
         total += V
         sizes[n] = rms * largest.exp()
-    if return_rms:
-        return total, sizes
-    return total
+    return (total, sizes) if return_rms else total
 
 
 @torch.no_grad()
@@ -207,10 +204,8 @@ def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False
 
     z (N, D), reference (M, D) -> (N, D), as in `dipole_field` unit RMS for each radius, summed.
     In mu_Z a sample never counts itself."""
-    z = z.float()
-    r = reference.float()
-    d_z = distances(z, z)  # (N, N)
-    d_r = distances(z, r)  # (N, M)
+    z, r = z.float(), reference.float()
+    d_z, d_r = distances(z, z), distances(z, r)  # (N, N), (N, M)
     s = mean_distance(torch.cat([d_z, d_r], 1))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     origin = z.mean(0)  # V does not depend on it, its rounding error does
@@ -222,9 +217,7 @@ def reference_drift(z, reference, *, radii, kernel="laplacian", return_rms=False
         w_z = w_z.nan_to_num(0)  # a lone sample has no others to be repelled by
         V, sizes[n] = unit_rms(w_r @ (r - origin) - w_z @ (z - origin))  # mu_R - mu_Z: (N, D)
         total += V
-    if return_rms:
-        return total, sizes
-    return total
+    return (total, sizes) if return_rms else total
 
 
 @torch.no_grad()
@@ -376,9 +369,7 @@ def mae_encoder(w, x):
             name = f"stages_{stage}.layers_{block}"
             if f"{name}.conv1.weight" not in w:
                 break
-            stride = 1
-            if stage > 1 and block == 0:
-                stride = 2
+            stride = 2 if stage > 1 and block == 0 else 1
             y = F.relu(norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)))
             y = norm(f"{name}.gn2", conv(f"{name}.conv2", y))
             if f"{name}.proj_conv.weight" in w:
@@ -535,8 +526,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     where torch's kernel copies to NCHW and back."""
 
     def forward(self, x):  # (B, C, H, W) or (B, C, H W)
-        inner = tuple(range(2, x.ndim))
-        n = math.prod(x.shape[2:])
+        inner, n = tuple(range(2, x.ndim)), math.prod(x.shape[2:])
         groups = (self.num_groups, -1)  # (B, C) -> (B, G, C / G)
         mean = (x.sum(inner, dtype=torch.float32) / n).unflatten(-1, groups)
         norm = torch.linalg.vector_norm(x, dim=inner, dtype=torch.float32)  # no float32 copy of x
@@ -696,10 +686,8 @@ class Generator:
         from safetensors.torch import save
         diffusers, kohya = {}, {}
         for name, layer in self.lora.items():
-            key = kohya_name(name, self.xl)
-            scale = layer.alpha / layer.rank
-            down = layer.down.detach().cpu()
-            up = layer.up.detach().cpu()
+            key, scale = kohya_name(name, self.xl), layer.alpha / layer.rank
+            down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
             diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
             diffusers[f"unet.{name}.lora_B.weight"] = up * scale  # alpha = rank there
             kohya[f"{key}.lora_up.weight"] = up
@@ -715,8 +703,7 @@ class Generator:
 
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
-        targets, layers = self.targets(), {}
-        names = {}
+        targets, layers, names = self.targets(), {}, {}
         for name in targets:
             for known in (name, kohya_name(name, self.xl), kohya_name(name, False)):
                 names[known] = name
@@ -728,8 +715,7 @@ class Generator:
             try:
                 rank = len(parts["down"])
                 layers[name] = LoRA(targets[name], rank, parts.get("alpha", rank), self.switch)
-                weights = {"down": parts["down"], "up": parts["up"]}
-                layers[name].load_state_dict(weights, strict=False)
+                layers[name].load_state_dict({k: parts[k] for k in ("down", "up")}, strict=False)
             except (KeyError, RuntimeError):  # a part is missing, or of another shape
                 left.append(name)
         if left or not layers:
@@ -836,9 +822,7 @@ def candidates(G, phi, reward, batch, at_once):
                 scores = score(G, reward, batch, x, first)
         parts.append((x.detach(), x_ref, z, r, scores))
     x, x_ref, z, r, scores = zip(*parts)
-    joined = {}
-    for name in scores[0]:
-        joined[name] = torch.cat([part[name] for part in scores])
+    joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return Candidates(torch.cat(x), torch.cat(x_ref), join_maps(z), join_maps(r), joined)
 
 
@@ -868,8 +852,7 @@ def targets(found, batch, reward, cfg):
     figures = []
     for p in range(len(batch.prompts)):
         i = slice(p * K, (p + 1) * K)
-        x = found.x[i].flatten(1)
-        x_ref = found.x_ref[i].flatten(1)
+        x, x_ref = found.x[i].flatten(1), found.x_ref[i].flatten(1)  # (K, 4 h w)
         of_prompt = {"within": mean_distance(distances(x, x)), "loss": 0,
                      "within_ref": mean_distance(distances(x_ref, x_ref)),
                      "distance": (x - x_ref).square().mean().sqrt()}
@@ -1017,8 +1000,7 @@ def check(cfg):
 
 def start(cfg):
     """Device, dtype, seeds, and under torchrun the process group -> device, dtype, rank, world."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """Drifting Preference Optimization (DrPO, arXiv 2606.02521) of one-step text-to-image generators.
 
     pip install -r requirements.txt
-    python drpo.py --model toy                                        a laptop, under four minutes
+    python drpo.py --model toy                                        a laptop, some minutes
     python drpo.py --model sd-turbo --reward pickscore --watch clip   one CUDA GPU
     python drpo.py --model sdxl-turbo --reward my_file.py:my_reward   any black box as the reward
 
@@ -87,7 +87,7 @@ class Config:
     lr_schedule: str = setting("cosine", "to zero over --steps", None, ("cosine", "constant"))
     warmup: int = setting(80, "steps over which the learning rate rises from zero", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
-    clip: float = setting(1.0, "largest norm of the gradient", 1e-30)
+    clip: float = setting(1.0, "largest norm of the gradient", 0)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
     lora_alpha: float = setting(16.0, "alpha of the LoRA: W + alpha / rank up down", 0)
     micro_batch: str = setting("auto", "pictures at once; auto: as many as the memory allows")
@@ -390,7 +390,7 @@ def latent_mae(G, path=None):
     try:
         mae_encoder(w, torch.zeros(1, 4, 16, 16))
     except (KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: no whole latent-MAE ({one_line(e)})") from e
+        raise UserError(f"{path or 'latent-mae'}: no whole latent-MAE ({one_line(e)})") from e
     w = {name: weight.to(G.device, dtype) for name, weight in w.items()}
     encode = torch.compile(mae_encoder, **COMPILE) if G.compile else mae_encoder
 
@@ -659,7 +659,7 @@ class Generator:
         finally:
             self.switch["on"] = before
 
-    def targets(self):
+    def attention_layers(self):
         """{name: nn.Linear} of the layers that the LoRA is added to."""
         modules = self.unet.named_modules()
         return {name: getattr(module, "base", module) for name, module in modules
@@ -668,12 +668,12 @@ class Generator:
     def add_lora(self, rank, alpha):
         """A fresh LoRA, which changes nothing; returns the parameters that train."""
         self.set_lora({name: LoRA(base, rank, alpha, self.switch)
-                       for name, base in self.targets().items()})
+                       for name, base in self.attention_layers().items()})
         return self.parameters()
 
     def set_lora(self, layers):
         """Put {name: LoRA} in the place of those that are there; {} takes the LoRA out."""
-        for name, base in self.targets().items():
+        for name, base in self.attention_layers().items():
             self.unet.set_submodule(name, layers.get(name, base))
         self.lora = layers
 
@@ -703,18 +703,18 @@ class Generator:
 
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
-        targets, layers, names = self.targets(), {}, {}
-        for name in targets:
-            for known in (name, kohya_name(name, self.xl), kohya_name(name, False)):
-                names[known] = name
+        known, layers, names = self.attention_layers(), {}, {}
+        for name in known:
+            for other in (name, kohya_name(name, self.xl), kohya_name(name, False)):
+                names[other] = name
         metadata, found, left = rewards.read_lora(path, names)
-        for name in targets:
+        for name, base in known.items():
             parts = found.get(name)
             if not parts:
                 continue
             try:
-                rank = len(parts["down"])
-                layers[name] = LoRA(targets[name], rank, parts.get("alpha", rank), self.switch)
+                size = len(parts["down"])  # its rank; without an alpha the scale is 1
+                layers[name] = LoRA(base, size, parts.get("alpha", size), self.switch)
                 layers[name].load_state_dict({k: parts[k] for k in ("down", "up")}, strict=False)
             except (KeyError, RuntimeError):  # a part is missing, or of another shape
                 left.append(name)
@@ -951,6 +951,7 @@ def gradient_that_fits(G, phi, reward, batch, cfg, micro):
         print(f"out of GPU memory: going on with --micro-batch {micro}", file=sys.stderr)
         for p in G.parameters():
             p.grad = None
+        PHASES.clear()
         torch.cuda.empty_cache()
 
 
@@ -984,6 +985,7 @@ def check(cfg):
         least = f.metadata["least"]
         fits = least is None or least <= getattr(cfg, f.name) < 2 ** 63
         expect(f.name, fits, f"a number, at least {least}")
+    expect("clip", cfg.clip > 0, "more than 0: no update is smaller than that")
     expect("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
            f"at most half of --candidates {cfg.candidates}: best and worst would overlap")
     expect("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
@@ -999,8 +1001,9 @@ def check(cfg):
 
 
 def start(cfg):
-    """Device, dtype, seeds, and under torchrun the process group -> device, dtype, rank, world."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Device, dtype, seeds, and under torchrun the process group -> device, dtype, number of this
+    process, number of processes."""
+    process, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1014,7 +1017,7 @@ def start(cfg):
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2 ** 32)
     torch.manual_seed(cfg.seed)
-    return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], rank, world
+    return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
 
 
 def average_over_ranks(gradients, stopping):
@@ -1105,7 +1108,7 @@ def open_run(cfg, G, optimizer, prompts, at):
 def train(cfg, reward=None):
     """Run DrPO -> path of the run's folder. reward: a callable in place of cfg.reward."""
     check(cfg)
-    device, dtype, rank, world = start(cfg)
+    device, dtype, process, world = start(cfg)
     G = load_generator(cfg.model, device=device, dtype=dtype, unet=cfg.unet,
                        timestep=cfg.timestep, prediction=cfg.prediction)
     if cfg.compile:
@@ -1117,6 +1120,7 @@ def train(cfg, reward=None):
     else:
         pairs, prompts = None, rewards.load_prompts(cfg.prompts)
         reward = rewards.load(reward or cfg.reward, device, cfg.watch)
+        cfg = replace(cfg, reward=reward.name)  # --resume must not take another for a callable
     torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
     parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
@@ -1124,12 +1128,12 @@ def train(cfg, reward=None):
     at = load(cfg.resume, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
     bad = stopping = 0
     trying = cfg.micro_batch == "auto"
-    micro = int(cfg.micro_batch.replace("auto", "0"))
+    micro = 0 if trying else int(cfg.micro_batch)
 
     with rewards.Stop() as stop, open_run(cfg, G, optimizer, prompts, at) as folder:
         while at["step"] < cfg.steps and not stopping and bad < 3:
             began = time.perf_counter()
-            position = at["position"] + rank * cfg.batch
+            position = at["position"] + process * cfg.batch
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = at["step"] % cfg.watch_every == 0 or at["step"] == cfg.steps - 1
             micro = micro or fitting_micro_batch(G, phi, batch)

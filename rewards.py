@@ -97,16 +97,17 @@ def load(spec, device="cpu", watch=""):
     """A spec (see the top of the file), or a callable -> Reward; watch: a spec of rewards that are
     scored on request and never ranked on. UserError: unknown name, bad weight, missing files."""
     if callable(spec):
-        name = getattr(spec, "__name__", type(spec).__name__)
+        name = spec.__name__ if hasattr(spec, "__name__") else type(spec).__name__
         weights = {name: 1.0}
         parts = {name: spec}
     else:
+        name = str(spec)
         weights = parse(spec)
-        parts = {name: build(name, device) for name in weights}
+        parts = {part: build(part, device) for part in weights}
     watched = {}
-    for name in parse(watch) if watch else ():
-        watched[name] = parts[name] if name in parts else build(name, device)
-    return Reward(str(spec), parts, weights, watched)
+    for part in parse(watch) if watch else ():
+        watched[part] = parts[part] if part in parts else build(part, device)
+    return Reward(name, parts, weights, watched)
 
 
 def parse(spec):

@@ -51,7 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import rewards
-from rewards import KOHYA_FILE, LORA_FILE, UserError, kohya_name, one_line, pick, write_atomic
+from rewards import UserError, one_line, pick, write_atomic
 
 TOY = str(Path(__file__).resolve().parent / "lab" / "toy")
 
@@ -87,7 +87,7 @@ class Config:
     lr_schedule: str = setting("cosine", "to zero over --steps", None, ("cosine", "constant"))
     warmup: int = setting(80, "steps over which the learning rate rises from zero", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
-    clip: float = setting(1.0, "largest norm of the gradient", 0)
+    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
     lora_alpha: float = setting(16.0, "alpha of the LoRA: W + alpha / rank up down", 0)
     micro_batch: str = setting("auto", "pictures at once; auto: as many as the memory allows")
@@ -600,14 +600,9 @@ class Generator:
     def compile_all(self):
         """--compile: the UNet, the decoder, and from here on the features that ask for it."""
         self.compile = True
-        self.compiled(self.unet)
-        self.compiled(self.vae.decoder)
-
-    def compiled(self, net):
-        """Compile a network in place, if --compile asks for it; what fails goes on eagerly."""
-        if self.compile:
-            torch._dynamo.config.suppress_errors = True
-            net.compile(**COMPILE)
+        torch._dynamo.config.suppress_errors = True  # what fails goes on eagerly
+        self.unet.compile(**COMPILE)
+        self.vae.decoder.compile(**COMPILE)
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -683,38 +678,22 @@ class Generator:
 
     def save_lora(self, folder, **metadata):
         """Write the LoRA for diffusers (pipe.load_lora_weights) and for A1111, ComfyUI, Forge."""
-        from safetensors.torch import save
-        diffusers, kohya = {}, {}
+        layers = {}
         for name, layer in self.lora.items():
-            key, scale = kohya_name(name, self.xl), layer.alpha / layer.rank
-            down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
-            diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
-            diffusers[f"unet.{name}.lora_B.weight"] = up * scale  # alpha = rank there
-            kohya[f"{key}.lora_up.weight"] = up
-            kohya[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
-        metadata.update(format="pt", base_model=self.name, ss_network_module="networks.lora",
-                        ss_network_dim=str(layer.rank), ss_network_alpha=str(layer.alpha))
-        if self.xl:  # A1111 shows a file where these say that it fits
-            metadata["ss_base_model_version"] = "sdxl_base_v1-0"
-        elif self.unet.config.cross_attention_dim == 1024:
-            metadata["ss_v2"] = "True"
-        write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
-        write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))
+            layers[name] = {"down": layer.down.detach().cpu(), "up": layer.up.detach().cpu(),
+                            "alpha": float(layer.alpha)}
+        kind = "xl" if self.xl else "2" if self.unet.config.cross_attention_dim == 1024 else "1"
+        rewards.write_lora(folder, layers, kind, {"base_model": self.name, **metadata})
 
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
-        known, layers, names = self.attention_layers(), {}, {}
-        for name in known:
-            for other in (name, kohya_name(name, self.xl), kohya_name(name, False)):
-                names[other] = name
-        metadata, found, left = rewards.read_lora(path, names)
-        for name, base in known.items():
-            parts = found.get(name)
-            if not parts:
-                continue
+        known, layers = self.attention_layers(), {}
+        metadata, found, left = rewards.read_lora(path, known, self.xl)
+        for name in filter(found.get, known):  # in the order of the network, not of the file
             try:
+                parts = found[name]
                 size = len(parts["down"])  # its rank; without an alpha the scale is 1
-                layers[name] = LoRA(base, size, parts.get("alpha", size), self.switch)
+                layers[name] = LoRA(known[name], size, parts.get("alpha", size), self.switch)
                 layers[name].load_state_dict({k: parts[k] for k in ("down", "up")}, strict=False)
             except (KeyError, RuntimeError):  # a part is missing, or of another shape
                 left.append(name)
@@ -814,12 +793,10 @@ def candidates(G, phi, reward, batch, at_once):
     parts = []
     for first in range(0, len(batch.prompts) * K, at_once):
         x, z = generate(G, phi, batch, first, at_once)
-        scores = {}
         with torch.no_grad():
             with G.reference():
                 x_ref, r = generate(G, phi, batch, first, at_once)
-            if reward:
-                scores = score(G, reward, batch, x, first)
+            scores = score(G, reward, batch, x, first) if reward else {}
         parts.append((x.detach(), x_ref, z, r, scores))
     x, x_ref, z, r, scores = zip(*parts)
     joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
@@ -843,6 +820,7 @@ def score(G, reward, batch, x, first):
         return reward.score(pictures, prompts, watch=batch.watch)
 
 
+@torch.no_grad()
 def targets(found, batch, reward, cfg):
     """(B) Prompt by prompt: rank, field, target, and dL/dz, which needs no network.
 
@@ -868,24 +846,16 @@ def targets(found, batch, reward, cfg):
             else:
                 best, worst = z[positive.to(z.device)], z[negative.to(z.device)]
             vectors = [h.flatten(0, 1) for h in (z, found.r[j][i], best, worst)]  # (N, D), (M, D)
-            gradient, loss, rms = loss_gradient(*vectors, cfg)
+            terms, rms = FIELDS[cfg.field](*vectors, cfg)
+            with torch.enable_grad():
+                loss = regression_loss(vectors[0].requires_grad_(), terms)
+                gradient, = torch.autograd.grad(loss, vectors[0])
             gradients[j][i] = gradient.view_as(z)
-            of_prompt["loss"] += loss
+            of_prompt["loss"] += loss.detach()
             for name, value in rms.items():  # mean over the maps
                 of_prompt[name] = of_prompt.get(name, 0) + value / len(found.z)
         figures.append(of_prompt)
     return gradients, figures
-
-
-@torch.enable_grad()
-def loss_gradient(z, z_ref, positive, negative, cfg):
-    """One prompt and map: z, z_ref (N, D), anchors (M, D) -> dL/dz (N, D), L, {name: (R,)}."""
-    with torch.no_grad():
-        terms, rms = FIELDS[cfg.field](z, z_ref, positive, negative, cfg)
-    z = z.detach().requires_grad_()
-    loss = regression_loss(z, terms)
-    gradient, = torch.autograd.grad(loss, z)
-    return gradient, loss.detach(), rms
 
 
 def carry_back(G, phi, batch, found, gradients, at_once):
@@ -972,51 +942,48 @@ def fitting_micro_batch(G, phi, batch):
 
 def check(cfg):
     """Settings that contradict each other or name nothing: one line, before anything is loaded."""
-    def expect(name, holds, expected):
-        if not holds:
-            name, value = name.replace("_", "-"), getattr(cfg, name)
-            raise UserError(f"--{name} is {value}; expected {expected}")
-
     for item in cfg.features.split(","):
         pick("feature", item.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
+    rules = [
+        ("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
+         f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
+        ("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
+         "positive numbers, as 0.2,0.5,1"),
+        ("micro_batch", re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)),
+         "auto or a number of pictures"),
+        ("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")]
     for f in fields(Config):
         least = f.metadata["least"]
         fits = least is None or least <= getattr(cfg, f.name) < 2 ** 63
-        expect(f.name, fits, f"a number, at least {least}")
-    expect("clip", cfg.clip > 0, "more than 0: no update is smaller than that")
-    expect("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
-           f"at most half of --candidates {cfg.candidates}: best and worst would overlap")
-    expect("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
-           "positive numbers, as 0.2,0.5,1")
-    expect("micro_batch", re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)),
-           "auto or a number of pictures")
-    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device)
-    expect("device", known, "auto, cuda, cuda:1, cpu or mps")
-    there = {"c": torch.cuda.is_available, "m": torch.backends.mps.is_available}
-    if cfg.device not in ("auto", "cpu"):
-        expect("device", there[cfg.device[0]](), "cpu: torch sees no CUDA device or mps here")
-    expect("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")
+        rules.append((f.name, fits, f"a number, at least {least}"))
+    for name, holds, expected in rules:
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(cfg, name)}; expected {expected}")
 
 
 def start(cfg):
-    """Device, dtype, seeds, and under torchrun the process group -> device, dtype, number of this
-    process, number of processes."""
+    """Device, seeds, and under torchrun the process group -> device, dtype, number of
+    this process, number of processes."""
     process, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used, cpu can ({one_line(e)})") from None
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2 ** 32)
-    torch.manual_seed(cfg.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(cfg.seed % 2 ** 32)  # of what a reward draws
     return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
 
 
@@ -1055,7 +1022,7 @@ def learning_rate(cfg, step):
     return rate
 
 
-def save(folder, cfg, G, optimizer, at):
+def save(cfg, G, optimizer, at, folder):
     """checkpoint.pt, all that --resume needs (the one before stays as checkpoint.previous.pt), and
     the LoRA in the formats that others load. at: {"step", "position"}."""
     state = {"at": at, "random": rewards.random_states(), "optimizer": optimizer.state_dict(),
@@ -1079,32 +1046,6 @@ def load(folder, G, optimizer):
     return state["at"]
 
 
-@contextlib.contextmanager
-def open_run(cfg, G, optimizer, prompts, at):
-    """The run's `rewards.RunFolder` (None but for rank 0). However the run ends, what it reached is
-    saved, and a run that made no step leaves nothing."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        yield None
-        return
-    first = at["step"]
-    folder = rewards.RunFolder(cfg, prompts, first)
-    try:
-        if not cfg.resume:
-            save(folder.path, cfg, G, optimizer, at)
-            folder.preview(G, prompts, 0)
-        folder.describe(G, prompts)
-        yield folder
-    except BaseException as e:
-        if at["step"] == 0 and not cfg.resume:
-            folder.discard()
-        elif at["step"] > first and not isinstance(e, KeyboardInterrupt):  # that may be mid-step
-            save(folder.path, cfg, G, optimizer, at)
-        if isinstance(e, UserError):
-            go_on = f" (go on with --resume {folder.path})" if at["step"] else ""
-            raise UserError(f"step {at['step'] + 1}: {e}{go_on}") from e
-        raise
-
-
 def train(cfg, reward=None):
     """Run DrPO -> path of the run's folder. reward: a callable in place of cfg.reward."""
     check(cfg)
@@ -1126,22 +1067,18 @@ def train(cfg, reward=None):
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
                                   fused=G.device.type == "cuda")
     at = load(cfg.resume, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
+    save_in = partial(save, cfg, G, optimizer, at)
     bad = stopping = 0
-    trying = cfg.micro_batch == "auto"
-    micro = 0 if trying else int(cfg.micro_batch)
+    micro = 0 if cfg.micro_batch == "auto" else int(cfg.micro_batch)
 
-    with rewards.Stop() as stop, open_run(cfg, G, optimizer, prompts, at) as folder:
+    with rewards.Stop() as stop, rewards.open_run(cfg, G, prompts, at, save_in) as folder:
         while at["step"] < cfg.steps and not stopping and bad < 3:
             began = time.perf_counter()
             position = at["position"] + process * cfg.batch
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = at["step"] % cfg.watch_every == 0 or at["step"] == cfg.steps - 1
             micro = micro or fitting_micro_batch(G, phi, batch)
-            with contextlib.ExitStack() as eager:
-                if trying and cfg.compile:  # for a size that does not fit that would cost minutes
-                    eager.enter_context(torch.compiler.set_stance("force_eager"))
-                metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
-            trying = False
+            metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
 
             with phase("optimizer"):
                 stopping = stop.signal
@@ -1167,20 +1104,15 @@ def train(cfg, reward=None):
                             "micro_batch": micro, **PHASES}, show=last)
                 PHASES.clear()
                 if at["step"] % cfg.save_every == 0 or last:
-                    save(folder.path, cfg, G, optimizer, at)
+                    save_in(folder.path)
                 if last or cfg.preview_every and at["step"] % cfg.preview_every == 0:
                     folder.preview(G, prompts, at["step"])
         if bad == 3:
             raise UserError("the gradient was not finite three times in a row (none was applied); "
                             "try a lower --lr, or --dtype bf16")
-    path = folder and folder.path
-    if stopping and folder:
-        print(f"stopped; go on with: python drpo.py --resume {path}", file=sys.stderr)
     if stopping:
         sys.exit(128 + stopping)
-    if folder:
-        print(f"done: {path}\nlook at {path}/samples; compare with the base: python eval.py {path}")
-    return path
+    return folder and folder.path
 
 
 def parse(argv):

@@ -1715,6 +1715,37 @@ class RunFolder:
             (self.path / "samples").rmdir()
 
 
+@contextmanager
+def open_run(cfg, G, prompts, at, save):
+    """The run's RunFolder (None but for rank 0). However the run ends, save(folder) keeps what it reached, and a run
+    that made no step leaves nothing. at: {"step"} as it stands."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield None
+        return
+    first = at["step"]
+    folder = RunFolder(cfg, prompts, first)
+    try:
+        if not cfg.resume:
+            save(folder.path)
+            folder.preview(G, prompts, 0)
+        folder.describe(G, prompts)
+        yield folder
+        path = folder.path
+        if at["step"] < cfg.steps:
+            print(f"stopped; go on with: python drpo.py --resume {path}", file=sys.stderr)
+        else:
+            print(f"done: {path}\nlook at {path}/samples; compare with the base: python eval.py {path}")
+    except BaseException as e:
+        if at["step"] == 0 and not cfg.resume:
+            folder.discard()
+        elif at["step"] > first and not isinstance(e, KeyboardInterrupt):  # that may be mid-step
+            save(folder.path)
+        if isinstance(e, UserError):
+            go_on = f" (go on with --resume {folder.path})" if at["step"] else ""
+            raise UserError(f"step {at['step'] + 1}: {e}{go_on}") from e
+        raise
+
+
 def newest_checkpoint(folder):
     """The newest whole checkpoint of a run. Objects are never unpickled; a torn or changed file (its archive has a CRC)
     is set aside, and the one before is taken."""
@@ -1882,10 +1913,13 @@ def lora_file(path):
     return path / (LORA_FILE if (path / LORA_FILE).exists() else KOHYA_FILE)
 
 
-def read_lora(path, layer_of):
-    """A LoRA file, or the one in a folder, and {any name of a layer: layer} -> its metadata, {layer: {"down", "up",
+def read_lora(path, layers, xl=False):
+    """A LoRA file, or the one in a folder, for a base with these layers -> its metadata, {layer: {"down", "up",
     "alpha"}}, and the keys that fit no layer."""
     from safetensors import safe_open
+    layer_of = {}
+    for name in layers:
+        layer_of |= {name: name, kohya_name(name, xl): name, kohya_name(name, False): name}
     found = {}
     left = []
     try:
@@ -1911,6 +1945,26 @@ def read_lora(path, layer_of):
         if alpha is not None:
             parts.setdefault("alpha", float(alpha))
     return metadata, found, left
+
+
+def write_lora(folder, layers, kind, metadata):
+    """{layer: {"down", "up", "alpha"}} of a base of kind "1", "2" or "xl" -> LORA_FILE for diffusers, KOHYA_FILE for
+    the others, in whose metadata programs look for what the file fits."""
+    from safetensors.torch import save
+    diffusers = {}
+    kohya = {}
+    for name, parts in layers.items():
+        key = kohya_name(name, kind == "xl")
+        rank = len(parts["down"])
+        diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = parts["down"]
+        diffusers[f"unet.{name}.lora_B.weight"] = parts["up"] * (parts["alpha"] / rank)  # alpha = rank there
+        kohya[f"{key}.lora_up.weight"] = parts["up"]
+        kohya[f"{key}.alpha"] = torch.tensor(parts["alpha"])
+    metadata = {**metadata, "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
+                "ss_network_alpha": str(parts["alpha"])}
+    metadata |= {"xl": {"ss_base_model_version": "sdxl_base_v1-0"}, "2": {"ss_v2": "True"}}.get(kind, {})
+    write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
+    write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))
 
 
 def is_xl(index):

@@ -1395,7 +1395,7 @@ class TestTheGenerator:
         G, e = _dp_open(_dp_models / "sd"), _dp_noise()
         _dp_random_lora(G)
         G.save_lora(tmp_path)
-        assert {p.name for p in tmp_path.iterdir()} == {drpo.LORA_FILE, drpo.KOHYA_FILE}
+        assert {p.name for p in tmp_path.iterdir()} == {rewards.LORA_FILE, rewards.KOHYA_FILE}
         pipe = DiffusionPipeline.from_pretrained(_dp_models / "sd")
         pipe.load_lora_weights(tmp_path)
         _dp_close(_dp_pipe_sample(pipe, e), _dp_sample(G, e).double().numpy(), 3e-5)
@@ -1406,7 +1406,7 @@ class TestTheGenerator:
         _dp_random_lora(G, rank=4, alpha=6.0)
         tuned = _dp_sample(G, e)
         G.save_lora(tmp_path, settings="{}")
-        for path in (tmp_path, tmp_path / drpo.LORA_FILE, tmp_path / drpo.KOHYA_FILE):
+        for path in (tmp_path, tmp_path / rewards.LORA_FILE, tmp_path / rewards.KOHYA_FILE):
             other = _dp_open(_dp_models / kind)
             meta = other.load_lora(path)
             assert meta["base_model"] == str(_dp_models / kind) and meta["settings"] == "{}"
@@ -1586,8 +1586,8 @@ class TestTheGenerator:
         e, gradients = _dp_noise(), []
         for compiled in (False, True):
             G = _dp_open(_dp_models / "sd")
-            G.compile = compiled
-            G.compiled(G.unet)
+            if compiled:
+                G.compile_all()
             params, c = _dp_random_lora(G, size=0.1), G.encode(PROMPTS)
             x = G.sample(e, c)
             maps = drpo.load_features("unet", G)(x, c)
@@ -1834,11 +1834,11 @@ class TestARun:
         state = _dp_state(folder)
         assert state["step"] == 4 and state["position"] == 8
         G = _dp_open(_dp_models / "sd")
-        G.load_lora(folder / drpo.KOHYA_FILE)
+        G.load_lora(folder / rewards.KOHYA_FILE)
         for p, w in zip(G.parameters(), state["weights"], strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-8)
             assert w.abs().max() > 0
-        for file in (drpo.LORA_FILE, drpo.KOHYA_FILE):
+        for file in (rewards.LORA_FILE, rewards.KOHYA_FILE):
             with safe_open(folder / file, "pt") as f:
                 meta = f.metadata()
             assert meta["base_model"] == str(_dp_models / "sd") and json.loads(meta["settings"])["steps"] == 4
@@ -1948,8 +1948,8 @@ class TestARun:
             run = _DpRun(["--resume", "run", *(["--steps", str(step + 1)] if rounds == 11 else [])], _dp_home)
         assert run.wait() == 0, run.err
         assert [m["step"] for m in _dp_metrics(folder)] == list(range(1, reached + 2)) and reached >= 12
-        known = {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl", "samples", drpo.LORA_FILE,
-                 drpo.KOHYA_FILE}
+        known = {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl", "samples", rewards.LORA_FILE,
+                 rewards.KOHYA_FILE}
         assert not {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} - known
 
     @pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
@@ -1964,7 +1964,7 @@ class TestARun:
         assert first.startswith("stopping after this step") and "--resume run" in last
         rest = _DpRun(["--resume", "run", "--steps", len(steps) + 1], _dp_home)
         assert rest.wait() == 0, rest.err
-        assert (_dp_home / "run" / drpo.LORA_FILE).exists()
+        assert (_dp_home / "run" / rewards.LORA_FILE).exists()
 
     def test_a_second_signal_ends_at_once(self, _dp_models, _dp_home):
         """While a reward works: the first says a line at once, the second does not wait; the checkpoint is intact."""
@@ -1987,7 +1987,7 @@ class TestARun:
             cfg = drpo.Config(model=str(_dp_models / "sd"), prompts="prompts.txt", steps=1, batch=1, candidates=4,
                               anchors=2, out="called", device="cpu", preview_every=0)
             path = drpo.train(cfg, reward=lambda images, prompts: [float(np.asarray(i).mean()) for i in images])
-        assert path == Path("called") and (_dp_home / "called" / drpo.LORA_FILE).exists()
+        assert path == Path("called") and (_dp_home / "called" / rewards.LORA_FILE).exists()
         assert json.loads((_dp_home / "called" / "config.json").read_text())["reward"] == "<lambda>"
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         for reward in ("pooled", "spawned"):
@@ -2157,7 +2157,7 @@ class TestARun:
              "--steps", "1", "--batch", "1", "--candidates", "4", "--anchors", "2", "--device", "cpu", "--out", "run"],
             cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "run" / drpo.LORA_FILE).exists()
+        assert (tmp_path / "run" / rewards.LORA_FILE).exists()
 
     def test_the_toy_loads_in_every_library(self, _dp_home):
         """4.57 knows the keys of its text encoder with this prefix alone, as in SD-Turbo's file; a pipeline opens without
@@ -3907,7 +3907,7 @@ class TestEvalPy:
         from safetensors.torch import load_file, save_file
         (tmp_path / "empty.txt").write_text("\n\n")
         (tmp_path / "folder").mkdir()
-        state = load_file(_ev_runs[0] / drpo.LORA_FILE)
+        state = load_file(_ev_runs[0] / rewards.LORA_FILE)
         save_file(state, tmp_path / "other.safetensors", metadata={"base_model": "sdxl-turbo", "format": "pt"})
         save_file({**state, "unet.conv_in.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "more.safetensors",
                   metadata={"base_model": "elsewhere/toy"})

@@ -386,11 +386,7 @@ def latent_mae(G, path=None):
     fp16 also where the rest is bf16: after 16 blocks of ReLU the gradient of bf16 has a cosine of
     0.945 to that of float32, of fp16 0.993 (random weights)."""
     dtype = torch.float32 if G.dtype == torch.float32 else torch.float16
-    w = rewards.read_latent_mae(path)
-    try:
-        mae_encoder(w, torch.zeros(1, 4, 16, 16))
-    except (KeyError, RuntimeError) as e:
-        raise UserError(f"{path or 'latent-mae'}: no whole latent-MAE ({one_line(e)})") from e
+    w = rewards.read_latent_mae(path, mae_encoder)
     w = {name: weight.to(G.device, dtype) for name, weight in w.items()}
     encode = torch.compile(mae_encoder, **COMPILE) if G.compile else mae_encoder
 
@@ -450,13 +446,8 @@ def unet_features(G, path=None):
 def vit_features(repo, class_name, G, path=None):
     """`mae`, `dino`: a vision transformer on the decoded picture, 224 x 224: of hidden_states[12]
     the mean and the std over the patches, and the class token: three maps."""
-    import transformers
-    try:
-        net = getattr(transformers, class_name).from_pretrained(path or repo)
-    except Exception as e:
-        raise UserError(f"features: {rewards.hub_trouble(path or repo, e)}") from e
+    net = rewards.load_transformer(class_name, path or repo).to(G.device, G.dtype)
     net.config.mask_ratio = 0.0
-    net = net.to(G.device, G.dtype).eval().requires_grad_(False)
     patches = (224 // net.config.patch_size) ** 2
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)
 
@@ -577,25 +568,17 @@ class Generator:
 
     def schedule(self, scheduler, timestep, prediction):
         """t, abar, k and what is predicted; the scheduler decides nothing else in silence."""
-        name = type(scheduler).__name__
         steps = len(scheduler.alphas_cumprod)
-        spacing = scheduler.config.get("timestep_spacing")
         if not -1 <= timestep < steps:
             raise UserError(f"--timestep is {timestep}; expected -1 (last), or 0 to {steps - 1}")
         t = timestep % steps
         self.t, self.abar = torch.tensor(t, device=self.device), float(scheduler.alphas_cumprod[t])
-        euler = name.startswith("Euler") and spacing in ("trailing", "linspace")
+        spacing = scheduler.config.get("timestep_spacing")
+        euler = "Euler" in type(scheduler).__name__ and spacing in ("trailing", "linspace")
         self.k = math.sqrt(1 - self.abar) if euler else 1.0
         self.prediction = pick("prediction", prediction or scheduler.config.get("prediction_type"),
                                ("epsilon", "v_prediction", "sample"))
-        try:
-            scheduler.set_timesteps(1)
-            own = int(scheduler.timesteps[0])
-        except (ValueError, IndexError, RuntimeError):
-            own = None
-        if own != t:
-            own = "cannot take one step" if own is None else f"would start at t = {own} in one step"
-            print(f"{name} ({spacing} spacing) {own}; here t = {t} (--timestep)", file=sys.stderr)
+        rewards.say_other_start(scheduler, t)
 
     def compile_all(self):
         """--compile: the UNet, the decoder, and from here on the features that ask for it."""
@@ -638,12 +621,6 @@ class Generator:
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         pictures = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in z.split(8)])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
-
-    @torch.no_grad()
-    def encode_pictures(self, pictures):
-        """Pictures (B, 3, H, W) in [0, 1] -> latents (B, 4, h, w): the mode of the posterior."""
-        x = self.vae.encode((2 * pictures - 1).to(self.device, self.vae.dtype)).latent_dist.mode()
-        return x.float() * self.vae.config.scaling_factor
 
     @contextlib.contextmanager
     def reference(self):
@@ -800,12 +777,8 @@ def candidates(G, phi, reward, batch, at_once):
         parts.append((x.detach(), x_ref, z, r, scores))
     x, x_ref, z, r, scores = zip(*parts)
     joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
-    return Candidates(torch.cat(x), torch.cat(x_ref), join_maps(z), join_maps(r), joined)
-
-
-def join_maps(chunks):
-    """Chunks of lists of maps (B, T, D) -> one list of maps (n, T, D)."""
-    return [torch.cat(parts) for parts in zip(*chunks)]
+    z, r = ([torch.cat(chunks) for chunks in zip(*maps)] for maps in (z, r))
+    return Candidates(torch.cat(x), torch.cat(x_ref), z, r, joined)
 
 
 def score(G, reward, batch, x, first):
@@ -889,10 +862,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
         gradients = [G.scaler.scale(gradient / P) for gradient in gradients]
         carry_back(G, phi, part, found, gradients, micro)
         figures += of_prompts
-    means = {}
-    for name in figures[0]:
-        values = [torch.as_tensor(of_prompt[name]).float().cpu() for of_prompt in figures]
-        means[name] = torch.stack(values).nanmean(0).tolist()  # NaN: a prompt without an opinion
+    means = rewards.mean_figures(figures)
     means["diversity"] = means.pop("within") / max(means.pop("within_ref"), 1e-12)
     return means
 
@@ -903,7 +873,9 @@ def pair_maps(G, phi, pair):
     prompt, *sides = pair
     found = []
     for files in sides:
-        x = G.encode_pictures(rewards.load_pictures(files, G.picture_side).to(G.device))
+        pictures = 2 * rewards.load_pictures(files, G.picture_side) - 1  # (M, 3, H, W)
+        x = G.vae.encode(pictures.to(G.device, G.vae.dtype)).latent_dist.mode().float()
+        x = x * G.vae.config.scaling_factor  # (M, 4, h, w)
         condition = {name: c.expand(len(x), *c.shape[1:]) for name, c in G.encode([prompt]).items()}
         found.append(phi(x, condition))
     return list(zip(*found))

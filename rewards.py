@@ -325,6 +325,15 @@ def figures(scores, positive, negative, native):
     return of_prompt
 
 
+def mean_figures(figures):
+    """Dicts of numbers or (R,) tensors, one a prompt -> their means; NaN: a prompt without an opinion."""
+    means = {}
+    for name in figures[0]:
+        values = [torch.as_tensor(of_prompt[name]).float().cpu() for of_prompt in figures]
+        means[name] = torch.stack(values).nanmean(0).tolist()
+    return means
+
+
 # ===== files from the web or from a local copy
 
 def pick(kind, name, options, also=""):
@@ -1864,9 +1873,9 @@ LATENT_MAE = ("https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/r
               "mae_latent_256_torch.pth", "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1")
 
 
-def read_latent_mae(path=None):
+def read_latent_mae(path, encoder):
     """DrPO's authors' file -> {name: weight} of its encoder: convolutions `.kernel` (HWIO) or `.weight` (OIHW), norms
-    `.scale` or `.weight`. UserError: torn, or no encoder in it."""
+    `.scale` or `.weight`. UserError: torn, or not all that encoder(weights, latents) asks for."""
     path = path or fetch(*LATENT_MAE)
     weights = {}
     try:
@@ -1878,6 +1887,7 @@ def read_latent_mae(path=None):
                 value = value.permute(3, 2, 0, 1)
             if key.startswith("encoder."):
                 weights[re.sub(r"\.(kernel|scale)$", ".weight", key[8:])] = value.float()
+        encoder(weights, torch.zeros(1, 4, 16, 16))
     except Exception as e:  # torn and foreign files fail in many ways
         raise UserError(f"{path}: no latent-MAE, the file of {LATENT_MAE[0]} ({one_line(e)})") from e
     return weights
@@ -1965,6 +1975,29 @@ def write_lora(folder, layers, kind, metadata):
     metadata |= {"xl": {"ss_base_model_version": "sdxl_base_v1-0"}, "2": {"ss_v2": "True"}}.get(kind, {})
     write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
     write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))
+
+
+def load_transformer(class_name, source):
+    """A frozen network of transformers from a folder or the hub."""
+    import transformers
+    try:
+        net = getattr(transformers, class_name).from_pretrained(source)
+    except Exception as e:
+        raise UserError(f"features: {hub_trouble(source, e)}") from e
+    return net.eval().requires_grad_(False)
+
+
+def say_other_start(scheduler, t):
+    """Say so where a folder's own scheduler would not start at t in one step."""
+    try:
+        scheduler.set_timesteps(1)
+        own = int(scheduler.timesteps[0])
+        does = f"would start at t = {own} in one step"
+    except (ValueError, IndexError, RuntimeError):
+        own, does = None, "cannot take one step"
+    if own != t:
+        spacing = scheduler.config.get("timestep_spacing")
+        print(f"{type(scheduler).__name__} ({spacing} spacing) {does}; here t = {t} (--timestep)", file=sys.stderr)
 
 
 def is_xl(index):

@@ -1,6 +1,5 @@
 """Drifting Preference Optimization (DrPO, arXiv 2606.02521) of one-step text-to-image generators.
 
-    pip install -r requirements.txt
     python drpo.py --model toy                                        a laptop, some minutes
     python drpo.py --model sd-turbo --reward pickscore --watch clip   one CUDA GPU
     python drpo.py --model sdxl-turbo --reward my_file.py:my_reward   any black box as the reward
@@ -26,17 +25,13 @@ of a prompt, M of its anchors, D features; k kernel, d distance, s mean distance
 length), tau = radius s bandwidth; V field, u = s / sqrt(D) its unit, eta step of the target, lambda
 weight of the drift; e noise, x latents, t timestep, abar the noise schedule.
 
-1 the field (needs torch alone), 2 features, 3 the generator, 4 one update, 5 a run. README lists
-where this differs from the paper and from the authors' code.
+1 the field (needs torch alone), 2 features, 3 the generator, 4 one update, 5 a run.
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
-import random
-import re
 import signal
 import sys
 import time
@@ -44,16 +39,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import rewards
-from rewards import UserError, one_line, pick, write_atomic
-
-TOY = str(Path(__file__).resolve().parent / "lab" / "toy")
+from rewards import UserError, one_line, pick
 
 
 def setting(default, help, least=None, choices=None):
@@ -73,9 +65,9 @@ class Config:
     watch_every: int = setting(10, "steps between two scorings by the watched rewards", 1)
     prompts: str = setting("scenes", "a file (lines, JSON, CSV); scenes, animals, pickapic")
     pairs: str = setting("", "in place of --reward: a .jsonl with prompt, chosen, rejected")
-    steps: int = setting(300, "updates", 1)
-    batch: int = setting(2, "prompts an update on each GPU (P)", 1)
-    candidates: int = setting(32, "pictures a prompt (K)", 1)
+    steps: int = setting(140, "updates", 1)
+    batch: int = setting(8, "prompts an update on each GPU (P)", 1)
+    candidates: int = setting(24, "pictures a prompt (K)", 1)
     anchors: int = setting(8, "best and worst taken as anchors (m), at most half of K", 1)
     features: str = setting("vae", "phi: latent-mae, vae, unet, mae, dino, or several; name@path")
     field: str = setting("dipole", "dipole: the paper's equations; released: the authors' code")
@@ -83,9 +75,7 @@ class Config:
     radii: tuple = setting((0.2, 0.5, 1.0), "bandwidths tau / s, comma-separated")
     lambda_ref: float = setting(0.2, "weight of the drift toward the frozen base (lambda)", 0)
     eta: float = setting(1.0, "step of the target, z* = z + eta V", 0)
-    lr: float = setting(3e-3, "learning rate of AdamW", 0)
-    lr_schedule: str = setting("cosine", "to zero over --steps", None, ("cosine", "constant"))
-    warmup: int = setting(80, "steps over which the learning rate rises from zero", 0)
+    lr: float = setting(2e-3, "learning rate of AdamW, constant", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
@@ -109,14 +99,14 @@ class Config:
 
 # The authors' recipes on one GPU; theirs ran on 4 and on 4 to 8. Source: arXiv 2606.02521 and the
 # scripts of github.com/UGVly/DrPO.
-AUTHORS = dict(reward="pickscore", prompts="pickapic", batch=8, anchors=8, field="released",
-               radii=(0.02, 0.05, 0.2), lr_schedule="constant", warmup=0)
+AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
-    "toy": {},
-    "sd-turbo": dict(AUTHORS, steps=1000, candidates=24, features="latent-mae", lr=1e-4),
+    "toy": {},  # prompts, candidates and anchors of an update are SD-Turbo's
+    "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
-MODELS = {"toy": TOY, "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
+MODELS = {"toy": str(Path(__file__).resolve().parent / "lab" / "toy"),
+          "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
 # without inductor's layout pass, which on a CPU lost 38% of a tiny UNet's gradient (torch 2.13)
 COMPILE = dict(dynamic=False, options={"layout_optimization": False})
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -301,10 +291,10 @@ def released_target(z, z_ref, positive, negative, cfg):
     Arguments and results as in `dipole_target`; the second term has weight lambda."""
     N, D = z.shape
     kw = dict(radii=cfg.radii, kernel=cfg.kernel)
+    preference = released_field(z, positive, negative, **kw)
+    reference = released_field(z, z_ref, z, negative_is_self=True, **kw)
     terms = []
-    for weight, (force, s) in (
-            (1.0, released_field(z, positive, negative, **kw)),
-            (cfg.lambda_ref, released_field(z, z_ref, z, negative_is_self=True, **kw))):
+    for weight, (force, s) in ((1.0, preference), (cfg.lambda_ref, reference)):
         u = s / D ** 0.5
         terms.append((z + cfg.eta * u * force, weight / (N * D * u ** 2)))
     return terms, {}
@@ -545,13 +535,14 @@ class Generator:
         self.xl = hasattr(pipe, "text_encoder_2")
         self.device, self.dtype = torch.device(device), dtype
         self.name, self.compile, self.switch, self.lora = "", False, {"on": True}, {}
-        for net in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-            if net is not None:
+        for net in pipe.components.values():
+            if isinstance(net, nn.Module):
                 net.to(self.device, dtype).eval().requires_grad_(False)
         # 1 / sqrt(abar) = 14.6 multiplies the rounding of the last layers: they stay in float32
         self.unet.conv_norm_out.float().register_forward_pre_hook(lambda module, x: (x[0].float(),))
         self.unet.conv_out.float()
-        if dtype == torch.float16 and self.xl and self.vae.config.force_upcast:
+        half = dtype == torch.float16
+        if half and self.xl and self.vae.config.force_upcast:
             print("the SDXL VAE overflows in fp16: it runs in float32", file=sys.stderr)
             self.vae.float()
         if self.device.type == "cuda":  # the layout in which tensor cores convolve
@@ -559,7 +550,6 @@ class Generator:
             for module in self.vae.decoder.modules():
                 if type(module) is nn.GroupNorm:
                     module.__class__ = ChannelsLastGroupNorm
-        half = dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 14, enabled=half)
         self.schedule(pipe.scheduler, timestep, prediction)
         side = self.unet.config.sample_size
@@ -655,29 +645,20 @@ class Generator:
 
     def save_lora(self, folder, **metadata):
         """Write the LoRA for diffusers (pipe.load_lora_weights) and for A1111, ComfyUI, Forge."""
-        layers = {}
-        for name, layer in self.lora.items():
-            layers[name] = {"down": layer.down.detach().cpu(), "up": layer.up.detach().cpu(),
-                            "alpha": float(layer.alpha)}
+        layers = {name: (layer.down.detach().cpu(), layer.up.detach().cpu(), float(layer.alpha))
+                  for name, layer in self.lora.items()}
         kind = "xl" if self.xl else "2" if self.unet.config.cross_attention_dim == 1024 else "1"
         rewards.write_lora(folder, layers, kind, {"base_model": self.name, **metadata})
 
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
         known, layers = self.attention_layers(), {}
-        metadata, found, left = rewards.read_lora(path, known, self.xl)
+        metadata, found = rewards.read_lora(path, known, self.xl, self.name)
         for name in filter(found.get, known):  # in the order of the network, not of the file
-            try:
-                parts = found[name]
-                size = len(parts["down"])  # its rank; without an alpha the scale is 1
-                layers[name] = LoRA(known[name], size, parts.get("alpha", size), self.switch)
-                layers[name].load_state_dict({k: parts[k] for k in ("down", "up")}, strict=False)
-            except (KeyError, RuntimeError):  # a part is missing, or of another shape
-                left.append(name)
-        if left or not layers:
-            raise UserError(f"{path}: {len(left)} entries do not fit the attention layers of "
-                            f"{self.name or 'this base'}, {', '.join(left[:1]) or 'nothing in it'} "
-                            f"first (made for the base {metadata.get('base_model', 'not stated')})")
+            down, up, alpha = found[name]
+            layers[name] = LoRA(known[name], len(down), alpha, self.switch)
+            layers[name].down.data.copy_(down)
+            layers[name].up.data.copy_(up)
         self.set_lora(layers)
         return metadata
 
@@ -704,9 +685,8 @@ def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet="", 
 
 
 # ===== 4. One update: (A) candidates, (B) targets, (C) the gradient carried back to the LoRA.
-# The field of a prompt needs its own candidates alone, and targets are detached. So as many whole
-# prompts as fit go through at once; a larger prompt goes chunk by chunk, and (C) samples it once
-# more. The gradient is that of the whole update either way.
+# A field needs the candidates of its prompt alone: as many whole prompts as fit go through at once.
+# A larger prompt goes chunk by chunk, and (C) samples it once more. The gradient is the same.
 
 PHASES = {}  # seconds of each phase of the update in hand
 
@@ -787,8 +767,8 @@ def score(G, reward, batch, x, first):
         pictures = G.decode(x)
     if not pictures.isfinite().all():
         raise UserError("the VAE gives NaN; try --dtype bf16 or fp32")
-    K = batch.noise.shape[1]
     with phase("reward"):
+        K = batch.noise.shape[1]
         prompts = [batch.prompts[i // K] for i in range(first, first + len(x))]
         return reward.score(pictures, prompts, watch=batch.watch)
 
@@ -923,7 +903,7 @@ def check(cfg):
          f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
         ("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
          "positive numbers, as 0.2,0.5,1"),
-        ("micro_batch", re.fullmatch("auto|0*[1-9][0-9]*", str(cfg.micro_batch)),
+        ("micro_batch", cfg.micro_batch == "auto" or str(cfg.micro_batch).lstrip("0").isdecimal(),
          "auto or a number of pictures"),
         ("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")]
     for f in fields(Config):
@@ -932,17 +912,14 @@ def check(cfg):
         rules.append((f.name, fits, f"a number, at least {least}"))
     for name, holds, expected in rules:
         if not holds:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {getattr(cfg, name)}; expected {expected}")
+            name, value = name.replace("_", "-"), getattr(cfg, name)
+            raise UserError(f"--{name} is {value}; expected {expected}")
 
 
 def start(cfg):
-    """Device, seeds, and under torchrun the process group -> device, dtype, number of
-    this process, number of processes."""
+    """Device, seeds, torchrun's process group -> device, dtype, this process, processes."""
     process, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -954,8 +931,7 @@ def start(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(cfg.seed % 2 ** 32)  # of what a reward draws
+    rewards.seed_everything(cfg.seed)
     return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
 
 
@@ -973,9 +949,8 @@ def average_over_ranks(gradients, stopping):
 
 
 def next_batch(G, phi, cfg, position, prompts, pairs):
-    """The P prompts from `position` on: every epoch is a permutation of its own.
-
-    Order and noise are functions of the seed and the position alone, whichever GPU asks."""
+    """The P prompts from `position` on: their order, new in each epoch, and their noise depend on
+    seed and position alone, whichever GPU asks."""
     index, noise = [], []
     for at in range(position, position + cfg.batch):
         g = torch.Generator().manual_seed((cfg.seed * 1_000_003 + at // len(prompts)) % 2 ** 63)
@@ -986,33 +961,23 @@ def next_batch(G, phi, cfg, position, prompts, pairs):
     return Batch(chosen, G.encode(chosen), torch.stack(noise), maps)
 
 
-def learning_rate(cfg, step):
-    """Linear warm-up, then constant or a cosine to zero."""
-    rate = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
-    if cfg.lr_schedule == "cosine":
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
-    return rate
-
-
 def save(cfg, G, optimizer, at, folder):
-    """checkpoint.pt, all that --resume needs (the one before stays as checkpoint.previous.pt), and
-    the LoRA in the formats that others load. at: {"step", "position"}."""
+    """All that --resume needs, and the LoRA in the formats of others. at: {"step", "position"}."""
     state = {"at": at, "random": rewards.random_states(), "optimizer": optimizer.state_dict(),
              "weights": [p.detach().cpu() for p in G.parameters()], "scaler": G.scaler.state_dict()}
-    torch.save(state, buffer := io.BytesIO())
-    before = folder / "checkpoint.previous.pt"
-    write_atomic(folder / "checkpoint.pt", buffer.getvalue(), keep=before)
+    rewards.save_checkpoint(folder, state)
     G.save_lora(folder, base_unet=cfg.unet, settings=json.dumps(asdict(cfg)))
 
 
-def load(folder, G, optimizer):
-    """Put the newest whole checkpoint of a run in place -> {"step", "position"}."""
-    state = rewards.newest_checkpoint(folder)
+def load(cfg, G, optimizer):
+    """Put the newest whole checkpoint of --resume in place -> {"step", "position"}."""
+    state = rewards.newest_checkpoint(cfg.resume)
     if [p.shape for p in G.parameters()] != [w.shape for w in state["weights"]]:
-        raise UserError(f"{folder}: its LoRA is of another base or --lora-rank")
+        raise UserError(f"{cfg.resume}: its LoRA is of another base or --lora-rank")
     for p, w in zip(G.parameters(), state["weights"]):
         p.data.copy_(w)
     optimizer.load_state_dict(state["optimizer"])
+    optimizer.param_groups[0]["lr"] = cfg.lr
     G.scaler.load_state_dict(state["scaler"])
     rewards.random_states(state["random"])
     return state["at"]
@@ -1027,18 +992,18 @@ def train(cfg, reward=None):
     if cfg.compile:
         G.compile_all()
     phi = load_features(cfg.features, G)
-    if cfg.pairs:
-        pairs, reward = rewards.load_pairs(cfg.pairs), None
-        prompts = [pair[0] for pair in pairs]
+    pairs = rewards.load_pairs(cfg.pairs) if cfg.pairs else None
+    if pairs:
+        reward, prompts = None, [pair[0] for pair in pairs]
     else:
-        pairs, prompts = None, rewards.load_prompts(cfg.prompts)
+        prompts = rewards.load_prompts(cfg.prompts)
         reward = rewards.load(reward or cfg.reward, device, cfg.watch)
         cfg = replace(cfg, reward=reward.name)  # --resume must not take another for a callable
     torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
     parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
                                   fused=G.device.type == "cuda")
-    at = load(cfg.resume, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
+    at = load(cfg, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
     save_in = partial(save, cfg, G, optimizer, at)
     bad = stopping = 0
     micro = 0 if cfg.micro_batch == "auto" else int(cfg.micro_batch)
@@ -1058,7 +1023,6 @@ def train(cfg, reward=None):
                     stopping = average_over_ranks([p.grad for p in parameters], stopping)
                 G.scaler.unscale_(optimizer)
                 norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
-                rate = optimizer.param_groups[0]["lr"] = learning_rate(cfg, at["step"])
                 if math.isfinite(norm):
                     optimizer.step()
                 G.scaler.update()  # fp16: what was not finite halves the scale
@@ -1069,10 +1033,8 @@ def train(cfg, reward=None):
             at["position"] += cfg.batch * world
             if folder:
                 last = at["step"] == cfg.steps or stopping or bad == 3
-                if G.device.type == "cuda":
-                    metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
                 folder.log({"step": at["step"], "seconds": time.perf_counter() - began, **metrics,
-                            "grad_norm": norm, "lr": rate, "applied": math.isfinite(norm),
+                            "grad_norm": norm, "lr": cfg.lr, "applied": math.isfinite(norm),
                             "micro_batch": micro, **PHASES}, show=last)
                 PHASES.clear()
                 if at["step"] % cfg.save_every == 0 or last:

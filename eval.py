@@ -162,7 +162,7 @@ def open_run(path):
     path, saved = Path(path), {}
     if not path.exists():
         raise UserError(f"{path}: no such run or LoRA file")
-    metadata, _, _ = rewards.read_lora(path, {})
+    metadata = rewards.lora_metadata(path)
     if (path / "config.json").is_file():
         saved = rewards.read_config(path)
     elif metadata.get("settings"):  # a file of ours carries them

@@ -1677,6 +1677,8 @@ class RunFolder:
 
     def log(self, metrics, show=False):
         """Append a step's figures to metrics.jsonl (what is not finite is null), and print some lines."""
+        if torch.cuda.is_initialized():
+            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
         self.metrics.append(metrics)
         try:
@@ -1776,6 +1778,13 @@ def newest_checkpoint(folder):
     raise UserError(f"{folder}: no checkpoint to go on from ({'; '.join(problems)})")
 
 
+def save_checkpoint(folder, state):
+    """Write checkpoint.pt; the one before stays as checkpoint.previous.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue(), keep=folder / "checkpoint.previous.pt")
+
+
 class Stop:
     """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once. signal: the
     one that came, or 0. Forked children of a reward, and whoever comes after, have the handlers of before."""
@@ -1856,6 +1865,13 @@ def read_metrics(folder, last=math.inf):
     return [found[step] for step in sorted(found)]
 
 
+def seed_everything(seed):
+    """Seed the generators that a reward may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
 def random_states(states=None):
     """The generators that a reward may draw from, as plain data; given states are put in place first."""
     if states:
@@ -1923,55 +1939,74 @@ def lora_file(path):
     return path / (LORA_FILE if (path / LORA_FILE).exists() else KOHYA_FILE)
 
 
-def read_lora(path, layers, xl=False):
-    """A LoRA file, or the one in a folder, for a base with these layers -> its metadata, {layer: {"down", "up",
-    "alpha"}}, and the keys that fit no layer."""
+def lora_metadata(path):
+    """What a LoRA file, or the one in a folder, says of itself."""
     from safetensors import safe_open
+    try:
+        with safe_open(lora_file(path), "pt") as f:
+            return f.metadata() or {}
+    except Exception as e:  # safetensors has an exception of its own
+        raise UserError(f"{lora_file(path)}: not a readable LoRA file ({one_line(e)})") from e
+
+
+def read_lora(path, layers, xl, base):
+    """A LoRA file, or the one in a folder, for {name: nn.Linear} of a base -> its metadata, {name: (down, up, alpha)}.
+    UserError: an entry fits no layer, is missing or of another shape."""
+    from safetensors.torch import load_file
+    metadata = lora_metadata(path)
     layer_of = {}
     for name in layers:
         layer_of |= {name: name, kohya_name(name, xl): name, kohya_name(name, False): name}
-    found = {}
+    parts_of = {}
     left = []
     try:
-        with safe_open(lora_file(path), "pt") as f:
-            metadata = f.metadata() or {}
-            for key in f.keys():
-                match = LORA_KEY.fullmatch(key)
-                if match and match[1] in layer_of:
-                    part = {"A": "down", "B": "up"}.get(match[2], match[2])
-                    value = f.get_tensor(key).float()
-                    found.setdefault(layer_of[match[1]], {})[part] = float(value) if part == "alpha" else value
-                else:
-                    left.append(key)
+        for key, value in load_file(lora_file(path)).items():
+            match = LORA_KEY.fullmatch(key)
+            if match and match[1] in layer_of:
+                part = {"A": "down", "B": "up"}.get(match[2], match[2])
+                parts_of.setdefault(layer_of[match[1]], {})[part] = value.float()
+            else:
+                left.append(key)
         adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # of diffusers and peft
-    except Exception as e:  # safetensors has an exception of its own
+    except Exception as e:
         raise UserError(f"{lora_file(path)}: not a readable LoRA file ({one_line(e)})") from e
     adapter = {key.removeprefix("unet."): value for key, value in adapter.items()}
-    for name, parts in found.items():
+    found = {}
+    for name, parts in parts_of.items():
         alpha = adapter.get("lora_alpha")
         for pattern, value in (adapter.get("alpha_pattern") or {}).items():
             if name.endswith(pattern):
                 alpha = value
-        if alpha is not None:
-            parts.setdefault("alpha", float(alpha))
-    return metadata, found, left
+        rank = len(parts.get("down", ()))
+        if alpha is None:
+            alpha = rank  # without one the scale is 1
+        shapes = {part: tuple(parts[part].shape) for part in ("down", "up") if part in parts}
+        if shapes == {"down": (rank, layers[name].in_features), "up": (layers[name].out_features, rank)}:
+            found[name] = parts["down"], parts["up"], float(parts.get("alpha", alpha))
+        else:
+            left.append(name)
+    if left or not found:
+        raise UserError(f"{path}: {len(left)} entries do not fit the attention layers of {base or 'this base'}, "
+                        f"{', '.join(left[:1]) or 'nothing in it'} first (made for the base "
+                        f"{metadata.get('base_model', 'not stated')})")
+    return metadata, found
 
 
 def write_lora(folder, layers, kind, metadata):
-    """{layer: {"down", "up", "alpha"}} of a base of kind "1", "2" or "xl" -> LORA_FILE for diffusers, KOHYA_FILE for
+    """{layer: (down, up, alpha)} of a base of kind "1", "2" or "xl" -> LORA_FILE for diffusers, KOHYA_FILE for
     the others, in whose metadata programs look for what the file fits."""
     from safetensors.torch import save
     diffusers = {}
     kohya = {}
-    for name, parts in layers.items():
+    for name, (down, up, alpha) in layers.items():
         key = kohya_name(name, kind == "xl")
-        rank = len(parts["down"])
-        diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = parts["down"]
-        diffusers[f"unet.{name}.lora_B.weight"] = parts["up"] * (parts["alpha"] / rank)  # alpha = rank there
-        kohya[f"{key}.lora_up.weight"] = parts["up"]
-        kohya[f"{key}.alpha"] = torch.tensor(parts["alpha"])
+        rank = len(down)
+        diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
+        diffusers[f"unet.{name}.lora_B.weight"] = up * (alpha / rank)  # alpha = rank there
+        kohya[f"{key}.lora_up.weight"] = up
+        kohya[f"{key}.alpha"] = torch.tensor(alpha)
     metadata = {**metadata, "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
-                "ss_network_alpha": str(parts["alpha"])}
+                "ss_network_alpha": str(alpha)}
     metadata |= {"xl": {"ss_base_model_version": "sdxl_base_v1-0"}, "2": {"ss_v2": "True"}}.get(kind, {})
     write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
     write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))

@@ -621,8 +621,8 @@ class TestReadTheseFirst:
     def test_resume_is_exact(self, _dp_models, _dp_home):
         """4 steps at once and 2 + 2 with a new process between, with a reward that draws from every generator; and what
         --resume finds in metrics.jsonl may know the future, be torn, blank or twice there."""
-        whole = _DpRun(_dp_argv(_dp_models, "whole", "own.py:drawing", lr_schedule="cosine"), _dp_home)
-        half = _DpRun(_dp_argv(_dp_models, "half", "own.py:drawing", lr_schedule="cosine", save_every=2), _dp_home)
+        whole = _DpRun(_dp_argv(_dp_models, "whole", "own.py:drawing"), _dp_home)
+        half = _DpRun(_dp_argv(_dp_models, "half", "own.py:drawing", save_every=2), _dp_home)
         assert whole.wait() == 0 and half.wait() == 0, whole.err + half.err
         folder = _dp_home / "half"
         os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
@@ -666,7 +666,7 @@ class TestReadTheseFirst:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         for name, reward, steps in (("tuned", "scene", 40), ("reversed", f"{HERE / 'lab' / 'ablate.py'}:scene_reversed", 20)):
             done = subprocess.run([sys.executable, str(HERE / "drpo.py"), "--model", "toy", "--steps", str(steps),
-                                   "--warmup", "0", "--preview-every", "0", "--device", "cpu", "--reward", reward,
+                                   "--preview-every", "0", "--device", "cpu", "--reward", reward,
                                    "--out", str(tmp_path / name)], capture_output=True, text=True, env=environment)
             assert done.returncode == 0, done.stderr
             G.load_lora(tmp_path / name)
@@ -1907,7 +1907,7 @@ class TestARun:
         spoilt.append(good[:weight] + bytes([good[weight] ^ 4]) + good[weight + 1:])  # one bit of a weight
         for data in spoilt:
             (folder / "checkpoint.pt").write_bytes(data)
-            assert drpo.load(folder, G, optimizer)["step"] == 2
+            assert drpo.load(drpo.Config(resume=folder), G, optimizer)["step"] == 2
             assert (folder / "checkpoint.torn").exists() and not (folder / "checkpoint.pt").exists()
         (folder / "checkpoint.pt").write_bytes(good[:99])
         run = _DpRun(["--resume", "run", "--steps", "4"], _dp_home)
@@ -1927,7 +1927,7 @@ class TestARun:
         torch.save({"at": {"step": 1}, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
         G = _dp_open(_dp_models / "sd")
         with pytest.raises(UserError, match="no checkpoint"):
-            drpo.load(tmp_path, G, torch.optim.AdamW(G.add_lora(2, 16.0)))
+            drpo.load(drpo.Config(resume=tmp_path), G, torch.optim.AdamW(G.add_lora(2, 16.0)))
         assert not (tmp_path / "exploded").exists()
 
     @pytest.mark.slow
@@ -2352,7 +2352,7 @@ class TestDrpoPyBadInput:
         # arXiv 2606.02521 and the authors' scripts: K, m, prompts a GPU, lr, updates, weight of the reference, features
         recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "steps": 1000, "lambda_ref": 0.2, "lora_rank": 16,
                   "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",
-                  "radii": (0.02, 0.05, 0.2), "lr_schedule": "constant", "warmup": 0, "reward": "pickscore"}
+                  "radii": (0.02, 0.05, 0.2), "reward": "pickscore"}
         assert {name: getattr(sd, name) for name in recipe} == recipe
         recipe |= {"candidates": 16, "lr": 1e-5, "steps": 5000, "lambda_ref": 0.25, "features": "unet"}
         assert {name: getattr(xl, name) for name in recipe} == recipe
@@ -4198,5 +4198,7 @@ class TestCuda:
             drpo.main(argv)
             drpo.main(["--resume", "run", "--steps", "3"])
         metrics = _dp_metrics(_dp_home / "run")
-        assert [m["applied"] for m in metrics] == [True] * 3 and metrics[2]["distance"] > 0
+        applied = [m["applied"] for m in metrics]  # in fp16 the scaler may find its scale by a failed try
+        assert all(applied) if dtype == "bf16" else sum(applied) >= 2
+        assert metrics[2]["distance"] > 0
         assert metrics[0]["micro_batch"] == 8 and metrics[0]["peak_gib"] > 0

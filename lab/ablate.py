@@ -116,20 +116,18 @@ drpo.FEATURES["latent"] = latent_features
 
 MINE = f"{HERE / 'ablate.py'}:"
 RELEASED = dict(field="released", radii=(0.02, 0.05, 0.2))
-# the regime of the table of fields: 8 prompts x 24 pictures, constant rate, no warm-up
-LARGE = dict(batch=8, candidates=24, anchors=8, lr_schedule="constant", warmup=0, steps=300)
 FIELD_TABLE = {}
 for reward in ("scene", MINE + "warm", "incompressibility"):
     for name, field in (("dipole", {}), ("released", RELEASED)):
         for rate in (1e-4, 3e-4, 1e-3):
             label = f"{reward.split(':')[-1]}, {name}, lr {rate:g}"
-            FIELD_TABLE[label] = {**LARGE, **field, "reward": reward, "lr": rate}
+            FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate}
 TABLES = {
     "default": {"default": {}},
-    "candidates": {"K 8, P 8": dict(candidates=8, anchors=2, batch=8),
-                   "K 16, P 4": dict(candidates=16, anchors=4, batch=4),
-                   "K 64, P 1": dict(candidates=64, anchors=16, batch=1)},  # as many pictures a step
-    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 16": dict(anchors=16)},
+    "candidates": {"K 12, P 16": dict(candidates=12, anchors=4, batch=16),  # as many pictures a step
+                   "K 48, P 4": dict(candidates=48, anchors=16, batch=4),
+                   "K 96, P 2": dict(candidates=96, anchors=32, batch=2)},
+    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 12": dict(anchors=12)},
     "kernel": {"rbf": dict(kernel="rbf"), "cosine": dict(kernel="cosine")},
     "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
@@ -140,7 +138,6 @@ TABLES = {
               "reward noise 1": dict(reward=MINE + "scene_noise_one")},
     "binary": {"binary reward": dict(reward=MINE + "scene_binary")},
     "reversed": {"ranking reversed": dict(reward=MINE + "scene_reversed")},
-    "large": {"P 8, K 24, lr 1e-3 constant": {**LARGE, "lr": 1e-3, "steps": 100}},
     "lambda01": {"lambda 0.1": dict(lambda_ref=0.1)},
     "fields": FIELD_TABLE,
     "alternatives": {"best-of-K distillation": dict(field="best-of-k", anchors=1),
@@ -150,7 +147,7 @@ TABLES = {
 }
 TABLES["all"] = {}
 for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",
-             "binary", "reversed", "large", "alternatives"):
+             "binary", "reversed", "alternatives"):
     TABLES["all"].update(TABLES[name])
 
 

@@ -23,7 +23,6 @@ since the pictures of one prompt are not independent of each other.
 The same command twice on a CPU writes the same report.json bit for bit; speeds go to timing.json.
 """
 import argparse
-import contextlib
 import json
 import re
 import sys
@@ -45,7 +44,8 @@ def interval(total, count, resamples=2000, seed=0):
     """sum(total) / sum(count) over prompts, both (P,), and its 95% bootstrap interval.
 
     -> [value, low, high]; None: a value of no pictures, an interval of a single prompt."""
-    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+    total = np.asarray(total, np.float64)
+    count = np.asarray(count, np.float64)
     total, count = total[count > 0], count[count > 0]
     n = len(total)
     if n < 2:
@@ -80,12 +80,17 @@ def pair_distances(x, keep=None):
 def diversity(base, tuned, keep_base=None, keep_tuned=None):
     """Latents (P, N, D), boolean masks (P, N) -> mean diversity of tuned and of base where a prompt
     has both, the ratio with its interval, the number of these prompts; own: mean of tuned's."""
-    a, b = pair_distances(base, keep_base), pair_distances(tuned, keep_tuned)  # (P,)
-    both, own = ~np.isnan(a) & ~np.isnan(b), b[~np.isnan(b)]
-    return {"mean": float(b[both].mean()) if both.any() else None,
-            "base": float(a[both].mean()) if both.any() else None,
+    a = pair_distances(base, keep_base)  # (P,)
+    b = pair_distances(tuned, keep_tuned)
+    both = ~np.isnan(a) & ~np.isnan(b)
+    return {"mean": mean_or_none(b[both]), "base": mean_or_none(a[both]),
             "relative": interval(b[both], a[both]), "prompts": int(both.sum()),
-            "own": float(own.mean()) if len(own) else None}
+            "own": mean_or_none(b[~np.isnan(b)])}
+
+
+def mean_or_none(values):
+    """Mean of an array, None of an empty one."""
+    return float(values.mean()) if len(values) else None
 
 
 # ===== 2. Pictures of a model, and what rewards say about them.
@@ -98,54 +103,55 @@ def generate(G, prompts, n, seed, at_once):
     indices p n + i, latents (B, 4, h, w), pictures (B, 3, H, W) in [0, 1]. Noise i of prompt p
     depends on (seed, p, i) alone."""
     for first in range(0, len(prompts), at_once):
-        block = prompts[first:first + at_once]
-        condition = G.encode(block)
-        flat = [(p, i) for p in range(len(block)) for i in range(n)]
-        for k in range(0, len(flat), at_once):
-            chunk = flat[k:k + at_once]
-            noise = [drpo.prompt_noise(seed + NOISE_SEED, (first + p) * 2 ** 20 + i, G.noise_shape)
-                     for p, i in chunk]
-            owner = torch.tensor([p for p, _ in chunk], device=G.device)
+        condition = G.encode(prompts[first:first + at_once])
+        flat = torch.arange(first * n, min(first + at_once, len(prompts)) * n)
+        for chunk in flat.split(at_once):
+            noise = []
+            for f in chunk.tolist():
+                position = f // n * 2 ** 20 + f % n
+                noise.append(drpo.prompt_noise(seed + NOISE_SEED, position, G.noise_shape))
+            owner = (chunk // n - first).to(G.device)
             with torch.no_grad():
                 x = G.sample(torch.stack(noise).to(G.device), drpo.rows(condition, owner))
-                yield [(first + p) * n + i for p, i in chunk], x, G.decode(x)
+                yield chunk.tolist(), x, G.decode(x)
 
 
 class Pictures:
     """Pictures of one model and what rewards say: x (P, N, D) latents, scores {reward: (P, N)}, right
     {checker: (P, N)} of 1, 0 and NaN, kept {(p, i): PIL picture}, seconds of sampling and decoding."""
 
-    def __init__(self, G, prompts, n, args, reward, keep):
-        """n pictures of each prompt; keep(p, i): whether this one is kept."""
-        latents, scores, right = [], {}, {}
-        self.kept, self.seconds, began = {}, 0.0, time.perf_counter()
+    def __init__(self, G, prompts, n, args, reward):
+        """n pictures of each prompt; kept are those that the report shows or a judge looks at."""
+        latents, found = [], {}  # {("scores", name) or ("right", name): parts}
+        self.kept, self.scores, self.right = {}, {}, {}
+        self.seconds, began = 0.0, time.perf_counter()
         for flat, x, images in generate(G, prompts, n, args.seed, args.batch):
-            pictures, texts = rewards.to_pil(images), [prompts[f // n] for f in flat]
+            pictures = rewards.to_pil(images)
+            texts = [prompts[f // n] for f in flat]
             self.seconds += time.perf_counter() - began
             latents.append(x.flatten(1).float().cpu())
             for name, values in reward.score(images, texts).items():
-                scores.setdefault(name, []).append(values)
+                found.setdefault(("scores", name), []).append(values)
             for name, part in reward.parts.items():
                 if hasattr(part, "correct"):
-                    said = part.correct([picture.copy() for picture in pictures], list(texts))
-                    verdicts = [np.nan if verdict is None else float(verdict) for verdict in said]
-                    right.setdefault(name, []).append(torch.tensor(verdicts))
+                    copies = [picture.copy() for picture in pictures]
+                    verdicts = np.array(part.correct(copies, list(texts)), dtype=float)  # None: NaN
+                    found.setdefault(("right", name), []).append(torch.from_numpy(verdicts).float())
             for f, picture in zip(flat, pictures):
-                if keep(f // n, f % n):
+                if f % n % args.samples == 0 and (args.judge or f // n in args.shown):
                     self.kept[f // n, f % n] = picture
             began = time.perf_counter()
-        shape = len(prompts), n
-        self.x = torch.cat(latents).reshape(*shape, -1)
-        self.scores = {name: torch.cat(parts).reshape(shape) for name, parts in scores.items()}
-        self.right = {name: torch.cat(parts).reshape(shape) for name, parts in right.items()}
+        self.x = torch.cat(latents).reshape(len(prompts), n, -1)
+        for (kind, name), parts in found.items():
+            getattr(self, kind)[name] = torch.cat(parts).reshape(len(prompts), n)
 
     def take(self, index):
         """Keep of the candidates (P, N) those with numbers index (P, S)."""
         self.x = self.x[torch.arange(len(index))[:, None], index]
-        self.scores = {name: values.gather(1, index) for name, values in self.scores.items()}
-        self.right = {name: values.gather(1, index) for name, values in self.right.items()}
-        kept = {p for p, _ in self.kept}
-        self.kept = {(p, 0): self.kept[p, int(index[p, 0])] for p in kept}
+        for table in (self.scores, self.right):
+            for name, values in table.items():
+                table[name] = values.gather(1, index)
+        self.kept = {(p, 0): self.kept[p, int(index[p, 0])] for p, _ in self.kept}
 
 
 def best_index(reward, ranked, scores, samples):
@@ -167,7 +173,8 @@ def open_run(path):
         saved = rewards.read_config(path)
     elif metadata.get("settings"):  # a file of ours carries them
         saved = json.loads(metadata["settings"])
-    saved["file"], saved["made_for"] = rewards.lora_file(path), metadata.get("base_model", "")
+    saved["file"] = rewards.lora_file(path)
+    saved["made_for"] = metadata.get("base_model", "")
     saved["unet"] = saved.get("unet") or metadata.get("base_unet", "")
     saved["model"] = saved.get("model") or saved["made_for"]
     return saved
@@ -193,27 +200,34 @@ def labels_of(paths):
         names = ["/".join(Path(path).resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             break
-    return [f"run {name}" if name.startswith("base") else name for name in names]
+    return [re.sub("^base", "run base", name) for name in names]
 
 
 def choose_rewards(args, runs):
     """-> one Reward of all that is scored, and the names that --best-of ranks by: the run's own
     reward, or the first of --rewards."""
-    specs = [args.rewards]
-    if not args.rewards:
-        specs = [spec for run in runs for spec in (run.get("reward"), run.get("watch")) if spec]
+    specs = []
+    for run in runs:
+        specs += filter(None, (run.get("reward"), run.get("watch")))
+    if args.rewards:
+        specs = [args.rewards]
     if not specs:
         raise UserError("no rewards to score by: name them, --rewards pickscore,aesthetic")
     weights = {}
     for spec in specs:
         for name, weight in rewards.parse(spec).items():
             weights.setdefault(name, weight)
-    parts = {name: rewards.build(name, args.device) for name in weights}
-    ranked = list(rewards.parse(specs[0]))
+    ranked = rewards.parse(specs[0])
     if args.rewards:
-        ranked = ranked[:1]
-    of_ranked = {name: weights[name] for name in ranked}
-    return rewards.Reward(",".join(weights), parts, of_ranked), ranked
+        ranked = dict(list(ranked.items())[:1])
+    parts = {name: rewards.build(name, args.device) for name in weights}
+    return rewards.Reward(",".join(weights), parts, ranked), list(ranked)
+
+
+def evenly(items, n):
+    """n of the items, or all, evenly picked."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def prepare(args):
@@ -226,7 +240,7 @@ def prepare(args):
     runs = [open_run(path) for path in args.runs]
     bases = {(args.model or run["model"], run["unet"]) for run in runs}
     if len(bases) > 1:
-        names = ", ".join(sorted(" ".join(base).strip() for base in bases))
+        names = ", ".join(sorted(map(" ".join, bases)))
         raise UserError(f"runs of different bases ({names}): evaluate them one base at a time")
     (model, unet), = bases
     if not model:
@@ -234,13 +248,10 @@ def prepare(args):
     if not args.prompts:
         args.prompts = "scenes-test" if drpo.layout(model) == "toy" else "pickapic-test"
     prompts = args.generate or list(dict.fromkeys(rewards.load_prompts(args.prompts)))
-    if args.limit and args.limit < len(prompts):
-        prompts = [prompts[i * len(prompts) // args.limit] for i in range(args.limit)]
+    prompts = evenly(prompts, args.limit or len(prompts))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bf16" if args.device.startswith("cuda") else "fp32"
+    dtype = args.dtype.replace("auto", "bf16" if args.device.startswith("cuda") else "fp32")
     one_step = {name: runs[0][name] for name in ("timestep", "prediction") if name in runs[0]}
     G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], unet=unet, **one_step)
     return G, runs, prompts
@@ -250,24 +261,22 @@ def prepare(args):
 
 def figures(base, other, reward, prompts):
     """All figures of one column of the table, as plain data: see the top of the file."""
-    accuracy, right_diversity = {}, {}
+    found = {"rewards": {}, "accuracy": {}, "diversity": diversity(base.x, other.x),
+             "right_diversity": {}, "distance": float((other.x - base.x).square().mean().sqrt()),
+             "per_prompt": {}}
     for name in base.right:
         a, b = base.right[name].numpy(), other.right[name].numpy()  # (P, N)
-        tags = [reward.parts[name].tag(prompt) for prompt in prompts]
-        groups = {"all": np.array([tag is not None for tag in tags])}
-        for tag in sorted({tag for tag in tags if tag}):
-            groups[tag] = np.array([other_tag == tag for other_tag in tags])
-        accuracy[name] = {tag: {**compare(a[of], b[of]), "prompts": int(of.sum())}
-                          for tag, of in groups.items()}
-        right_diversity[name] = diversity(base.x, other.x, a == 1, b == 1)
-    per_prompt = {}
+        tags = np.array([str(reward.parts[name].tag(prompt)) for prompt in prompts])
+        groups = {"all": tags != "None"}
+        for tag in sorted(set(tags) - {"None"}):
+            groups[tag] = tags == tag
+        found["accuracy"][name] = {tag: {**compare(a[of], b[of]), "prompts": int(of.sum())}
+                                   for tag, of in groups.items()}
+        found["right_diversity"][name] = diversity(base.x, other.x, a == 1, b == 1)
     for name, scores in other.scores.items():
-        means = scores.double().nanmean(1)
-        per_prompt[name] = [float(mean) if mean == mean else None for mean in means]
-    return {"rewards": {name: compare(base.scores[name], other.scores[name]) for name in base.scores},
-            "accuracy": accuracy, "diversity": diversity(base.x, other.x),
-            "right_diversity": right_diversity,
-            "distance": float((other.x - base.x).square().mean().sqrt()), "per_prompt": per_prompt}
+        found["rewards"][name] = compare(base.scores[name], scores)
+        found["per_prompt"][name] = [mean_or_none(row[~np.isnan(row)]) for row in scores.numpy()]
+    return found
 
 
 def evaluate(args):
@@ -275,44 +284,36 @@ def evaluate(args):
     G, runs, prompts = prepare(args)
     reward, ranked = choose_rewards(args, runs)
     args.out.mkdir(parents=True, exist_ok=True)
-    shown = [i * len(prompts) // min(8, len(prompts)) for i in range(min(8, len(prompts)))]
+    args.shown = evenly(range(len(prompts)), 8)
     speed, columns = {}, {}
 
     def pictures(label, best_of=1):
-        def keep(p, i):
-            return args.save_pictures or i % args.samples == 0 and (p in shown or args.judge)
-
-        found = Pictures(G, prompts, args.samples * best_of, args, reward, keep)
+        found = Pictures(G, prompts, args.samples * best_of, args, reward)
         count = found.x.shape[0] * found.x.shape[1]
         speed[label] = {"pictures": count, "seconds": found.seconds}
         print(f"{label}: {count} pictures, {count / found.seconds:.1f} a second", flush=True)
-        if args.save_pictures:
-            folder = args.out / "pictures" / file_name(label)
-            folder.mkdir(parents=True, exist_ok=True)
-            for (p, i), picture in found.kept.items():
-                picture.save(folder / f"{p:04d}-{i:03d}.png")
-        return found
+        columns[label] = found
 
     with G.reference():
-        columns["base"] = base = pictures("base")
+        pictures("base")
     for label, saved in zip(labels_of(args.runs), runs):
         load_tuned(G, saved, args.any_base)
-        columns[label] = pictures(label)
+        pictures(label)
     if args.best_of > 1:
         label = f"base best-of-{args.best_of}"
         with G.reference():
-            columns[label] = pictures(label, args.best_of)
+            pictures(label, args.best_of)
         columns[label].take(best_index(reward, ranked, columns[label].scores, args.samples))
     report = {"model": G.name, "prompts": args.prompts, "samples": args.samples, "seed": args.seed,
-              "ranked": ranked, "rewards": list(reward.parts), "texts": prompts,
-              "columns": {label: figures(base, column, reward, prompts)
-                          for label, column in columns.items()}}
+              "ranked": ranked, "rewards": list(reward.parts), "texts": prompts, "columns": {}}
+    for label, column in columns.items():
+        report["columns"][label] = figures(columns["base"], column, reward, prompts)
     if args.judge:
         for label in list(columns)[1:]:
-            sides = [[column.kept[p, 0] for p in range(len(prompts))]
-                     for column in (base, columns[label])]
-            report["columns"][label]["judge"] = judge(args.judge, prompts, *sides)
-    write_report(args.out, report, speed, columns, shown)
+            before = [columns["base"].kept[p, 0] for p in range(len(prompts))]
+            after = [columns[label].kept[p, 0] for p in range(len(prompts))]
+            report["columns"][label]["judge"] = judge(args.judge, prompts, before, after)
+    write_report(args.out, report, speed, columns, args.shown)
     for path in args.runs:
         draw_curve(rewards.read_metrics(path), Path(path) / "curve.png")
     return report
@@ -330,8 +331,8 @@ def write_report(out, report, speed, columns, shown):
         for verdicts in list(column.right.values())[:1]:
             row = [marked(picture, float(verdicts[p, 0])) for picture, p in zip(row, shown)]
         rows.append(row)
-    tuned = [label for label in columns if not label.startswith("base")]
-    names = ["tuned" if [label] == tuned else label for label in columns]
+    names = list(columns)
+    names = ["base", "tuned"] if len(names) == 2 else names
     captions = [report["texts"][p] for p in shown]
     rewards.picture_grid(rows, captions, names).save(out / "grid.png")
     print(f"\n{text}\nwritten: {out}/report.json, report.md, grid.png")
@@ -350,11 +351,24 @@ def marked(picture, verdict):
 
 
 def number(v, style="{:.4g}"):
-    """[value, low, high], a number or None as text."""
+    """[value, low, high], a number, a dict of them or None as text."""
+    if v is None:
+        return ""
+    if isinstance(v, dict):
+        return style.format(**v)
     if not isinstance(v, list):
-        return "" if v is None else style.format(v)
+        return style.format(v)
     text = number(v[0], style)
     return text if v[1] is None else f"{text} [{number(v[1], style)}, {number(v[2], style)}]"
+
+
+def at(value, path):
+    """What stands at a path of keys in nested dicts and lists, or None."""
+    for key in path:
+        if value is None or isinstance(value, dict) and key not in value:
+            return None
+        value = value[key]
+    return value
 
 
 def table(report):
@@ -362,45 +376,45 @@ def table(report):
     columns = report["columns"]
     lines = [["", *columns]]
 
-    def row(title, values, style="{:.4g}"):
-        cells = [number(value, style) for value in values]
+    def row(title, *path, style="{:.4g}", of_base=True):
+        """A line of the figures at a path of keys in each column; not of_base: the base has none."""
+        cells = [number(at(column, path), style) for column in columns.values()]
+        if not of_base:
+            cells[0] = ""
         if any(cells):  # of my/file.py:function the folder is left out
             lines.append([re.sub(r"\S*/(?=[^/]*\.py:)", "", title), *cells])
 
-    def comparison(title, found, style, signed):
-        row(title, [of["mean"] for of in found], style)
-        row("  difference to base", [None] + [of["difference"] for of in found[1:]], signed)
-
+    percent = "{:.1%}"
     for name in report["rewards"]:
-        found = [column["rewards"][name] for column in columns.values()]
-        comparison(f"{name}: mean", found, "{:.4g}", "{:+.4g}")
-        row("  win rate against base", [None] + [of["win_rate"] for of in found[1:]], "{:.1%}")
+        row(f"{name}: mean", "rewards", name, "mean")
+        row("  difference to base", "rewards", name, "difference", style="{:+.4g}", of_base=False)
+        row("  win rate against base", "rewards", name, "win_rate", style=percent, of_base=False)
     for name, groups in columns["base"]["accuracy"].items():
-        found = [column["accuracy"][name] for column in columns.values()]
-        comparison(f"{name}: right", [of["all"] for of in found], "{:.1%}", "{:+.1%}")
+        row(f"{name}: right", "accuracy", name, "all", "mean", style=percent)
+        row("  difference to base", "accuracy", name, "all", "difference", style="{:+.1%}", of_base=False)
         for tag in list(groups)[1:]:
-            row(f"  {tag} ({groups[tag]['prompts']} prompts)", [of[tag]["mean"][0] for of in found], "{:.1%}")
-    found = [column["diversity"] for column in columns.values()]
-    row("diversity", [of["mean"] for of in found])
-    row("  relative to base", [None] + [of["relative"] for of in found[1:]], "{:.1%}")
+            title = f"  {tag} ({groups[tag]['prompts']} prompts)"
+            row(title, "accuracy", name, tag, "mean", 0, style=percent)
+    row("diversity", "diversity", "mean")
+    row("  relative to base", "diversity", "relative", style=percent, of_base=False)
     for name in columns["base"]["right_diversity"]:
-        found = [column["right_diversity"][name] for column in columns.values()]
-        row(f"diversity of right ({name})", [of["own"] for of in found])
-        row("  relative to base, same prompts", [None] + [of["relative"] for of in found[1:]], "{:.1%}")
-    row("distance to base", [column["distance"] for column in columns.values()])
-    judged = [column.get("judge", {}) for column in columns.values()]
-    row("judge: win rate against base", [of.get("win_rate") for of in judged], "{:.1%}")
-    counts = ["{wins} / {ties} / {losses}".format(**of) if of else None for of in judged]
-    row("  wins / ties / losses", counts, "{}")
+        row(f"diversity of right ({name})", "right_diversity", name, "own")
+        row("  relative to base, same prompts", "right_diversity", name, "relative", style=percent, of_base=False)
+    row("distance to base", "distance")
+    row("judge: win rate against base", "judge", "win_rate", style=percent)
+    row("  wins / ties / losses", "judge", style="{wins} / {ties} / {losses}")
     head = "{prompts}: {} prompts, {samples} pictures each, base {model}; in brackets 95% bootstrap intervals"
     return head.format(len(report["texts"]), **report) + " over prompts\n\n" + aligned(lines)
 
 
 def aligned(lines):
     """Rows of cells, the first of them the head -> a markdown table with columns of equal width."""
-    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    out = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in lines]
-    return "\n".join([out[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *out[1:]]) + "\n"
+    width = [max(map(len, cells)) for cells in zip(*lines)]
+    out = []
+    for line in lines:
+        out.append("| " + " | ".join(map(str.ljust, line, width)) + " |")
+    out.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
+    return "\n".join(out) + "\n"
 
 
 # ===== 5. A judge: a vision-language model that sees two pictures and says which is better.
@@ -430,11 +444,12 @@ def judge(address, prompts, base, tuned):
         first = np.array(list(pool.map(ask, prompts, base, tuned)))  # base shown first
         second = np.array(list(pool.map(ask, prompts, tuned, base)))
     score = (1 - first + second) / 2  # (P,): 1 tuned, 0 base
-    counts = {"wins": score > 0.5, "ties": score == 0.5, "losses": score < 0.5,
-              "no_answer": np.isnan(score),
-              "order_decided": np.abs(first + second - 1) == 1}  # twice the one shown first, or second
-    counts = {name: int(values.sum()) for name, values in counts.items()}
-    return {"win_rate": mean_interval(score[:, None]), **counts}
+    found = {"win_rate": mean_interval(score[:, None])}
+    for name, which in (("wins", score > 0.5), ("ties", score == 0.5), ("losses", score < 0.5),
+                        ("no_answer", np.isnan(score)),
+                        ("order_decided", np.abs(first + second - 1) == 1)):  # twice the same place
+        found[name] = int(which.sum())
+    return found
 
 
 def side_by_side(args):
@@ -445,15 +460,14 @@ def side_by_side(args):
     rows, names = [], ["base", *labels_of(args.runs)]
     for label, saved in zip(names, [None, *runs]):
         if saved:
-            load_tuned(G, saved, args.any_base)
+            load_tuned(G, saved, args.any_base)  # before it the generator is the base
         row = []
-        with contextlib.nullcontext() if saved else G.reference():
-            for _, _, images in generate(G, prompts, each, args.seed, args.batch):
-                row += rewards.to_pil(images)
+        for _, _, images in generate(G, prompts, each, args.seed, args.batch):
+            row += rewards.to_pil(images)
         for n, picture in enumerate(row):
             picture.save(args.out / "generate" / f"{n // each:02d}-{n % each}-{file_name(label)}.png")
         rows.append(row)
-    captions = [prompt if i == 0 else "" for prompt in prompts for i in range(each)]
+    captions = [prompts[n // each] if n % each == 0 else "" for n in range(len(prompts) * each)]
     names = ["base", "tuned"] if len(names) == 2 else names
     rewards.picture_grid(rows, captions, names).save(args.out / "generate.png")
     print(f"written: {args.out}/generate.png, and the pictures in {args.out}/generate/")
@@ -461,8 +475,8 @@ def side_by_side(args):
 
 # ===== 6. The curve of a run.
 
-INK, FAINT, GRID, BAND = "#22262e", "#707784", "#e4e6eb", "#dbe6f8"
-BLUE, ORANGE, GREEN = "#2563c9", "#c9622b", "#2f8f5b"
+INK, FAINT, GRID = "#22262e", "#707784", "#e4e6eb"
+BLUE, PALE_BLUE, ORANGE, GREEN = "#2563c9", "#dbe6f8", "#c9622b", "#2f8f5b"
 PANEL = 880, 620  # pixels of a panel at twice its size: halving smooths the lines
 
 
@@ -475,16 +489,19 @@ def series(metrics, key):
 def draw_curve(metrics, path):
     """curve.png of a run: the reward's mean within best to worst, every watched reward, and
     diversity, over steps."""
+    keys = {"reward_mean": ("reward (band: best to worst of a prompt)", BLUE)}
+    for key in sorted(set().union(*metrics)):
+        if key.startswith("watch/"):
+            keys[key] = f"watched: {key[6:]}", ORANGE
+    keys["diversity"] = "diversity within a prompt (base 1)", GREEN
     panels = []
-    if series(metrics, "reward_mean"):
-        worst = dict(series(metrics, "reward_worst"))
-        band = [(step, worst[step], best) for step, best in series(metrics, "reward_best") if step in worst]
-        panels.append(("reward (band: best to worst of a prompt)", series(metrics, "reward_mean"), BLUE, band))
-    for key in sorted({key for m in metrics for key in m if key.startswith("watch/")}):
+    for key, (title, color) in keys.items():
+        band = []
+        if key == "reward_mean":
+            worst = dict(series(metrics, "reward_worst"))
+            band = [(step, worst.get(step, v), v) for step, v in series(metrics, "reward_best")]
         if series(metrics, key):
-            panels.append((f"watched: {key[6:]}", series(metrics, key), ORANGE, []))
-    if series(metrics, "diversity"):
-        panels.append(("diversity within a prompt (base 1)", series(metrics, "diversity"), GREEN, []))
+            panels.append((title, series(metrics, key), color, band))
     if not panels:
         return
     image = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
@@ -497,7 +514,7 @@ def draw_curve(metrics, path):
 
 def ticks(low, high, most=5, least=1e-12):
     """Round numbers that cover low..high: a step of 1, 2 or 5 times a power of ten, at least `least`."""
-    for step in (m * 10.0 ** e for e in range(-12, 13) for m in (1, 2, 5)):
+    for step in np.outer(10.0 ** np.arange(-12, 13), (1, 2, 5)).flat:
         if (high - low) / step <= most and step >= least:
             break
     return np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1) * step
@@ -506,35 +523,37 @@ def ticks(low, high, most=5, least=1e-12):
 def draw_panel(draw, x0, panel, last):
     """One diagram over steps 0..last at x0: title, [(step, value)], colour, [(step, low, high)]."""
     title, points, color, band = panel
-    font, small = ImageFont.load_default(30), ImageFont.load_default(24)
-    left, right, top, bottom = x0 + 110, x0 + PANEL[0] - 36, 80, PANEL[1] - 84
-    values = [v for _, v in points] + [v for _, *both in band for v in both]
-    spare = 0.0 if max(values) > min(values) else abs(max(values)) * 0.05 + 1e-3
-    ys = ticks(min(values) - spare, max(values) + spare)
+    small = ImageFont.load_default(24)
+    left, right = x0 + 110, x0 + PANEL[0] - 36
+    top, bottom = 80, PANEL[1] - 84
+    values = np.concatenate([np.array(points)[:, 1], np.array(band).reshape(-1, 3)[:, 1:].flatten()])
+    spare = 0.0 if values.max() > values.min() else abs(values.max()) * 0.05 + 1e-3
+    ys = ticks(values.min() - spare, values.max() + spare)
 
     def place(step, v):
         height = (v - ys[0]) / (ys[-1] - ys[0])
         return left + step / last * (right - left), bottom - height * (bottom - top)
 
     if len(band) > 1:
-        upper, lower = [place(s, v) for s, _, v in band], [place(s, v) for s, v, _ in band]
-        draw.polygon(upper + lower[::-1], BAND)
+        upper = [place(step, high) for step, _, high in band]
+        lower = [place(step, low) for step, low, _ in band]
+        draw.polygon(upper + lower[::-1], PALE_BLUE)
     for v in ys:
         draw.line((*place(0, v), *place(last, v)), GRID, 2)
         draw.text((left - 14, place(0, v)[1]), f"{v:.6g}", FAINT, small, anchor="rm")
     for step in ticks(0, last, 6, least=1):
         if step <= last:
             draw.text((place(step, ys[0])[0], bottom + 14), f"{step:.6g}", FAINT, small, anchor="mt")
-    draw.text((left, 18), title, INK, font)
+    draw.text((left, 18), title, INK, ImageFont.load_default(30))
     draw.text(((left + right) / 2, PANEL[1] - 10), "step", FAINT, small, anchor="mb")
     half = len(points) // 30 if len(points) > 40 else 0  # prompts differ: a mean over pale dots
-    pale = tuple((c + 2 * 255) // 3 for c in ImageColor.getrgb(color)) if half else color
-    for x, y in [place(*point) for point in points]:
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), pale)
+    pale = tuple((np.array(ImageColor.getrgb(color)) + 2 * 255) // 3) if half else color
     means = []
-    for i, (step, _) in enumerate(points):
-        around = points[max(0, i - half):i + half + 1]
-        means.append(place(step, np.mean([v for _, v in around])))
+    for i, (step, v) in enumerate(points):
+        x, y = place(step, v)
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), pale)
+        around = np.array(points[max(0, i - half):i + half + 1])
+        means.append(place(step, around[:, 1].mean()))
     if len(means) > 1:
         draw.line(means, color, 5, joint="curve")
 
@@ -544,7 +563,7 @@ def draw_panel(draw, x0, panel, last):
 def parse(argv):
     """Command line -> settings, with device and the folder of the output filled in."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("runs", nargs="*", metavar="RUN_OR_LORA", help="folders of runs, or LoRA files, of one base")
     p.add_argument("--model", default="", help="the base; default: what the run or the file says")
     p.add_argument("--prompts", default="", help="built-in name or file; default: scenes-test, or pickapic-test")
@@ -557,9 +576,8 @@ def parse(argv):
     p.add_argument("--judge", default="", metavar="URL", help="vision model, http://host:port/v1?model=NAME")
     p.add_argument("--generate", action="append", metavar="PROMPT", help="pictures side by side, no report")
     p.add_argument("--curve", default="", metavar="RUN", help="draw RUN/curve.png, also while it trains")
-    p.add_argument("--save-pictures", action="store_true", help="write every picture to OUT/pictures")
     p.add_argument("--batch", type=int, default=16, help="pictures at once [16]")
-    p.add_argument("--device", default=cuda, help=f"[{cuda}]")
+    p.add_argument("--device", default=device, help=f"[{device}]")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     p.add_argument("--any-base", action="store_true", help="accept a LoRA whose file names another base")
 

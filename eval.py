@@ -7,19 +7,16 @@
     python eval.py runs/toy --generate "a red circle" --generate "three blue squares"
     python eval.py --curve runs/toy          the curve alone, also while the run is going on
 
-All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 resamples, fixed seed),
-since the pictures of one prompt are not independent of each other.
+All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 resamples, fixed seed).
     difference          mean of tuned minus base, picture by picture (same prompt, same noise)
     win rate            share of pictures that score above the base's of the same noise; a tie is half
     right               share of pictures that a checker (scene, geneval) finds right
     diversity           L2 distance of the latents of two pictures of a prompt, mean over pairs, then
                         over prompts
     diversity of right  the same among right pictures, on the SAME prompts, those where base and
-                        tuned have two right ones each: hard prompts have another diversity than
-                        easy ones, and only the better model has right pictures of them
+                        tuned have two right ones each: hard prompts have another diversity
     distance to base    RMS difference of the latents of two pictures of the same noise
-    best of N           N candidates of the BASE for each picture, the best by the ranked reward: what
-                        more computing at generation time gives without any finetuning
+    best of N           N candidates of the BASE for each picture, the best by the ranked reward
 The same command twice on a CPU writes the same report.json bit for bit; speeds go to timing.json.
 """
 import argparse
@@ -49,7 +46,7 @@ def interval(total, count, resamples=2000, seed=0):
     total, count = total[count > 0], count[count > 0]
     n = len(total)
     if n < 2:
-        return [float(total[0] / count[0]) if n else None, None, None]
+        return [mean_or_none(total / count), None, None]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, P)
     low, high = np.percentile((draws @ total) / (draws @ count), [2.5, 97.5])
     return [float(total.sum() / count.sum()), float(low), float(high)]
@@ -67,17 +64,17 @@ def compare(base, tuned):
             "win_rate": mean_interval((np.sign(tuned - base) + 1) / 2)}
 
 
-def pair_distances(x, keep=None):
+def pair_distances(x, keep=True):
     """Latents x (P, N, D), keep: boolean (P, N) -> mean L2 distance over the kept pairs of each prompt
     (P,), NaN where fewer than two are kept."""
     d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").double().numpy()  # (P, N, N)
-    keep = np.ones(d.shape[:2], bool) if keep is None else np.asarray(keep)
+    keep = np.broadcast_to(keep, d.shape[:2])
     pairs = keep[:, :, None] & keep[:, None, :] & ~np.eye(d.shape[1], dtype=bool)
     with np.errstate(invalid="ignore"):
         return (d * pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 
-def diversity(base, tuned, keep_base=None, keep_tuned=None):
+def diversity(base, tuned, keep_base=True, keep_tuned=True):
     """Latents (P, N, D), boolean masks (P, N) -> mean diversity of tuned and of base where a prompt
     has both, the ratio with its interval, the number of these prompts; own: mean of tuned's."""
     a = pair_distances(base, keep_base)  # (P,)
@@ -165,10 +162,11 @@ def best_index(reward, ranked, scores, samples):
 
 def open_run(path):
     """A run's folder or a LoRA file -> its settings; "model" is the base it was made for."""
-    path, saved = Path(path), {}
+    path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such run or LoRA file")
     metadata = rewards.lora_metadata(path)
+    saved = {}
     if (path / "config.json").is_file():
         saved = rewards.read_config(path)
     elif metadata.get("settings"):  # a file of ours carries them
@@ -195,11 +193,10 @@ def file_name(label):
 
 
 def labels_of(paths):
-    """Short names of runs: the last part of the path, more of it where two are alike."""
-    for depth in range(1, 9):
-        names = ["/".join(Path(path).resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
+    """Short names of runs: the last part of the path, all of it where two are alike."""
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = list(map(str, paths))
     return [re.sub("^base", "run base", name) for name in names]
 
 
@@ -237,7 +234,7 @@ def prepare(args):
         raise UserError("name a run's folder or a LoRA file (python eval.py --help)")
     if min(args.samples, args.batch, args.best_of) < 1:
         raise UserError("--samples, --batch and --best-of are at least 1")
-    runs = [open_run(path) for path in args.runs]
+    runs = list(map(open_run, args.runs))
     bases = {(args.model or run["model"], run["unet"]) for run in runs}
     if len(bases) > 1:
         names = ", ".join(sorted(map(" ".join, bases)))
@@ -331,10 +328,8 @@ def write_report(out, report, speed, columns, shown):
         for verdicts in list(column.right.values())[:1]:
             row = [marked(picture, float(verdicts[p, 0])) for picture, p in zip(row, shown)]
         rows.append(row)
-    names = list(columns)
-    names = ["base", "tuned"] if len(names) == 2 else names
     captions = [report["texts"][p] for p in shown]
-    rewards.picture_grid(rows, captions, names).save(out / "grid.png")
+    rewards.picture_grid(rows, captions, list(columns)).save(out / "grid.png")
     print(f"\n{text}\nwritten: {out}/report.json, report.md, grid.png")
 
 
@@ -344,7 +339,8 @@ def marked(picture, verdict):
         return picture
     scale = max(1, 160 // picture.width)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    right, corner = picture.width - 1, picture.width // 10
+    right = picture.width - 1
+    corner = picture.width // 10
     color = "#2a9d4e" if verdict else "#d43d3d"
     ImageDraw.Draw(picture).polygon([(right - corner, 0), (right, 0), (right, corner)], color)
     return picture
@@ -457,7 +453,8 @@ def side_by_side(args):
     G, runs, prompts = prepare(args)
     each = min(args.samples, 4 if len(prompts) > 1 else 8)
     (args.out / "generate").mkdir(parents=True, exist_ok=True)
-    rows, names = [], ["base", *labels_of(args.runs)]
+    rows = []
+    names = ["base", *labels_of(args.runs)]
     for label, saved in zip(names, [None, *runs]):
         if saved:
             load_tuned(G, saved, args.any_base)  # before it the generator is the base
@@ -468,7 +465,6 @@ def side_by_side(args):
             picture.save(args.out / "generate" / f"{n // each:02d}-{n % each}-{file_name(label)}.png")
         rows.append(row)
     captions = [prompts[n // each] if n % each == 0 else "" for n in range(len(prompts) * each)]
-    names = ["base", "tuned"] if len(names) == 2 else names
     rewards.picture_grid(rows, captions, names).save(args.out / "generate.png")
     print(f"written: {args.out}/generate.png, and the pictures in {args.out}/generate/")
 
@@ -526,7 +522,7 @@ def draw_panel(draw, x0, panel, last):
     small = ImageFont.load_default(24)
     left, right = x0 + 110, x0 + PANEL[0] - 36
     top, bottom = 80, PANEL[1] - 84
-    values = np.concatenate([np.array(points)[:, 1], np.array(band).reshape(-1, 3)[:, 1:].flatten()])
+    values = np.append(np.array(points)[:, 1], np.array(band).reshape(-1, 3)[:, 1:])
     spare = 0.0 if values.max() > values.min() else abs(values.max()) * 0.05 + 1e-3
     ys = ticks(values.min() - spare, values.max() + spare)
 

@@ -4060,6 +4060,42 @@ class TestLabTheChecker:
         assert ablate.flatness(canvas) == pytest.approx(0.75, abs=0.05)
 
 
+class TestLabTheFigures:
+    """What README says was measured stands in lab/README.md, to the digits that README gives."""
+
+    def test_figures_of_the_readme_are_those_of_the_notebook(self):
+        front, notebook = (HERE / "README.md").read_text(), (HERE / "lab" / "README.md").read_text()
+        commits = set(re.findall(r"commit ([0-9a-f]{7})", front))
+        assert commits and all(f"commit {commit}" in notebook for commit in commits)
+
+        def agrees(text, value):  # 46 and 45.5, 4.4 and 4.44: half of the last digit
+            digits = len(text.partition(".")[2])
+            return abs(float(text) - float(value)) <= 0.5001 * 10 ** -digits
+
+        measured = {}
+        for line in notebook.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == 4 and re.match(r"[\d.]+ \(", cells[1]):
+                measured[cells[0]] = cells[1].split()[0], cells[2]
+        rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) ?\|$", front, re.M)
+        assert len(rows) >= 5
+        checked = 0
+        for pictures, turbo, xl in rows:
+            for text, name in ((turbo.split(";")[0], pictures), (turbo.partition("compiled ")[2], f"{pictures}, `--compile`"),
+                               (xl, f"SDXL-Turbo 8 x 16, {pictures} at once")):
+                if text.strip():
+                    for said, known in zip(text.split(", "), measured[name], strict=True):
+                        assert agrees(said, known), (name, said, known)
+                        checked += 1
+        assert checked >= 12
+        tuned = re.search(r"^\| right \|(.*)\|$", notebook, re.M)[1].replace("%", "").split("|")
+        base, *seeds = [float(value) for value in tuned[:6]]
+        said = re.search(r"rises from ([\d.]+)%\s+to\s+(\d+)\s+to\s+(\d+)%\s+\(mean\s+([\d.]+)%\)", front)
+        assert said, "README names base, least, most and mean"
+        for text, value in zip(said.groups(), (base, min(seeds), max(seeds), sum(seeds) / len(seeds)), strict=True):
+            assert agrees(text, value), (text, value)
+
+
 # ===== cuda
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

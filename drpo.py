@@ -926,7 +926,7 @@ def start(cfg):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} cannot be used, cpu can ({one_line(e)})") from None
+        raise UserError(f"--device {device}: torch cannot use it, but cpu ({one_line(e)})") from None
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)

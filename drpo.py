@@ -65,10 +65,10 @@ class Config:
     watch_every: int = setting(10, "steps between two scorings by the watched rewards", 1)
     prompts: str = setting("scenes", "a file (lines, JSON, CSV); scenes, animals, pickapic")
     pairs: str = setting("", "in place of --reward: a .jsonl with prompt, chosen, rejected")
-    steps: int = setting(200, "updates", 1)
+    steps: int = setting(140, "updates", 1)
     batch: int = setting(8, "prompts an update on each GPU (P)", 1)
-    candidates: int = setting(16, "pictures a prompt (K)", 1)
-    anchors: int = setting(4, "best and worst taken as anchors (m), at most half of K", 1)
+    candidates: int = setting(24, "pictures a prompt (K)", 1)
+    anchors: int = setting(8, "best and worst taken as anchors (m), at most half of K", 1)
     features: str = setting("vae", "phi: latent-mae, vae, unet, mae, dino, or several; name@path")
     field: str = setting("dipole", "dipole: the paper's equations; released: the authors' code")
     kernel: str = setting("laplacian", "kernel k(z, a): laplacian, rbf, cosine")
@@ -99,11 +99,10 @@ class Config:
 
 # The authors' recipes on one GPU; theirs ran on 4 and on 4 to 8. Source: arXiv 2606.02521 and the
 # scripts of github.com/UGVly/DrPO.
-AUTHORS = dict(reward="pickscore", prompts="pickapic", anchors=8, field="released",
-               radii=(0.02, 0.05, 0.2))
+AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
-    "toy": {},
-    "sd-turbo": dict(AUTHORS, steps=1000, candidates=24, features="latent-mae", lr=1e-4),
+    "toy": {},  # prompts, candidates and anchors of an update are SD-Turbo's
+    "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
 MODELS = {"toy": str(Path(__file__).resolve().parent / "lab" / "toy"),
@@ -926,7 +925,7 @@ def start(cfg):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: torch cannot use it, but cpu ({one_line(e)})") from None
+        raise UserError(f"--device {device}: torch cannot use it, only cpu ({one_line(e)})") from None
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)

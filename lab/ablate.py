@@ -121,14 +121,13 @@ for reward in ("scene", MINE + "warm", "incompressibility"):
     for name, field in (("dipole", {}), ("released", RELEASED)):
         for rate in (1e-4, 3e-4, 1e-3):
             label = f"{reward.split(':')[-1]}, {name}, lr {rate:g}"
-            FIELD_TABLE[label] = {"candidates": 24, "anchors": 8, **field, "reward": reward, "lr": rate}
+            FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate}
 TABLES = {
     "default": {"default": {}},
-    "candidates": {"K 8, P 16": dict(candidates=8, anchors=2, batch=16),  # as many pictures a step
-                   "K 32, P 4": dict(candidates=32, anchors=8, batch=4),
-                   "K 24, 140 updates": dict(candidates=24, anchors=8, steps=140),
-                   "K 24, m 6, 140 updates": dict(candidates=24, anchors=6, steps=140)},
-    "anchors": {"m 1": dict(anchors=1), "m 2": dict(anchors=2), "m 8": dict(anchors=8)},
+    "candidates": {"K 16, m 4, 190 updates": dict(candidates=16, anchors=4, steps=190),
+                   "K 12, P 16": dict(candidates=12, anchors=4, batch=16),  # as many pictures a step
+                   "K 48, P 4": dict(candidates=48, anchors=16, batch=4)},
+    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 6": dict(anchors=6)},
     "kernel": {"rbf": dict(kernel="rbf"), "cosine": dict(kernel="cosine")},
     "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
@@ -143,7 +142,7 @@ TABLES = {
     "alternatives": {"best-of-K distillation": dict(field="best-of-k", anchors=1),
                      "pairwise regression": dict(field="pairwise")},
     "open": {"m 1": dict(anchors=1), "lambda 0.1": dict(lambda_ref=0.1), "lambda 0.4": dict(lambda_ref=0.4),
-             "K 32": dict(candidates=32)},
+             "K 48": dict(candidates=48)},
 }
 TABLES["all"] = {}
 for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",

@@ -305,10 +305,7 @@ FIELDS = {"dipole": dipole_target, "released": released_target}  # a new one: ad
 
 def regression_loss(z, terms):
     """sum over the terms of weight ||z - sg(z*)||^2: z (N, D) -> scalar."""
-    loss = 0
-    for z_star, weight in terms:
-        loss = loss + weight * (z - z_star.detach()).square().sum()
-    return loss
+    return sum(weight * (z - z_star.detach()).square().sum() for z_star, weight in terms)
 
 
 # ===== 2. Features phi: frozen networks in which a direction means something. Each takes latents
@@ -530,7 +527,8 @@ class Generator:
     encode(prompts) -> condition, sample(noise, condition) -> latents, decode(latents) -> pictures,
     reference(): context of the frozen base; add_lora, save_lora, load_lora."""
 
-    def __init__(self, pipe, *, device="cpu", dtype=torch.float32, timestep=-1, prediction=""):
+    def __init__(self, pipe, *, device="cpu", dtype=torch.float32, timestep=Config.timestep,
+                 prediction=Config.prediction):
         self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
         self.xl = hasattr(pipe, "text_encoder_2")
         self.device, self.dtype = torch.device(device), dtype
@@ -623,9 +621,8 @@ class Generator:
 
     def attention_layers(self):
         """{name: nn.Linear} of the layers that the LoRA is added to."""
-        modules = self.unet.named_modules()
-        return {name: getattr(module, "base", module) for name, module in modules
-                if name.endswith(LORA_TARGETS)}
+        return {name: getattr(module, "base", module)
+                for name, module in self.unet.named_modules() if name.endswith(LORA_TARGETS)}
 
     def add_lora(self, rank, alpha):
         """A fresh LoRA, which changes nothing; returns the parameters that train."""
@@ -647,8 +644,10 @@ class Generator:
         """Write the LoRA for diffusers (pipe.load_lora_weights) and for A1111, ComfyUI, Forge."""
         layers = {name: (layer.down.detach().cpu(), layer.up.detach().cpu(), float(layer.alpha))
                   for name, layer in self.lora.items()}
-        kind = "xl" if self.xl else "2" if self.unet.config.cross_attention_dim == 1024 else "1"
-        rewards.write_lora(folder, layers, kind, {"base_model": self.name, **metadata})
+        metadata["base_model"] = self.name
+        if not self.xl and self.unet.config.cross_attention_dim == 1024:  # SD 2; for A1111
+            metadata["ss_v2"] = "True"
+        rewards.write_lora(folder, layers, self.xl, metadata)
 
     def load_lora(self, path):
         """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
@@ -670,8 +669,8 @@ def layout(name_or_path):
     return "sdxl-turbo" if rewards.is_xl(rewards.model_index(name_or_path, MODELS)) else "sd-turbo"
 
 
-def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet="", timestep=-1,
-                   prediction=""):
+def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Config.unet,
+                   timestep=Config.timestep, prediction=Config.prediction):
     """toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id -> Generator without a LoRA.
 
     unet, timestep, prediction as in `Config`. UserError: what cannot be had or read whole."""
@@ -746,9 +745,8 @@ def generate(G, phi, batch, first, count):
 
 def candidates(G, phi, reward, batch, at_once):
     """(A) Sample, decode, score; and the features of the candidates and of the base's pictures."""
-    K = batch.noise.shape[1]
     parts = []
-    for first in range(0, len(batch.prompts) * K, at_once):
+    for first in range(0, batch.noise.shape[:2].numel(), at_once):
         x, z = generate(G, phi, batch, first, at_once)
         with torch.no_grad():
             with G.reference():
@@ -756,8 +754,11 @@ def candidates(G, phi, reward, batch, at_once):
             scores = score(G, reward, batch, x, first) if reward else {}
         parts.append((x.detach(), x_ref, z, r, scores))
     x, x_ref, z, r, scores = zip(*parts)
-    joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
-    z, r = ([torch.cat(chunks) for chunks in zip(*maps)] for maps in (z, r))
+    z = [torch.cat(chunks) for chunks in zip(*z)]
+    r = [torch.cat(chunks) for chunks in zip(*r)]
+    joined = {}
+    for name in scores[0]:
+        joined[name] = torch.cat([part[name] for part in scores])
     return Candidates(torch.cat(x), torch.cat(x_ref), z, r, joined)
 
 
@@ -851,14 +852,14 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
 def pair_maps(G, phi, pair):
     """An offline pair -> for each feature map, its chosen and rejected vectors (M, T, D)."""
     prompt, *sides = pair
-    found = []
+    maps = []
     for files in sides:
         pictures = 2 * rewards.load_pictures(files, G.picture_side) - 1  # (M, 3, H, W)
         x = G.vae.encode(pictures.to(G.device, G.vae.dtype)).latent_dist.mode().float()
         x = x * G.vae.config.scaling_factor  # (M, 4, h, w)
         condition = {name: c.expand(len(x), *c.shape[1:]) for name, c in G.encode([prompt]).items()}
-        found.append(phi(x, condition))
-    return list(zip(*found))
+        maps.append(phi(x, condition))
+    return list(zip(*maps))
 
 
 def gradient_that_fits(G, phi, reward, batch, cfg, micro):
@@ -925,7 +926,7 @@ def start(cfg):
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: torch cannot use it, only cpu ({one_line(e)})") from None
+        raise UserError(f"--device {device} is not usable here, cpu is ({one_line(e)})") from None
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
@@ -952,10 +953,10 @@ def next_batch(G, phi, cfg, position, prompts, pairs):
     """The P prompts from `position` on: their order, new in each epoch, and their noise depend on
     seed and position alone, whichever GPU asks."""
     index, noise = [], []
-    for at in range(position, position + cfg.batch):
-        g = torch.Generator().manual_seed((cfg.seed * 1_000_003 + at // len(prompts)) % 2 ** 63)
-        index.append(int(torch.randperm(len(prompts), generator=g)[at % len(prompts)]))
-        noise.append(prompt_noise(cfg.seed, at, (cfg.candidates, *G.noise_shape)).to(G.device))
+    for n in range(position, position + cfg.batch):
+        g = torch.Generator().manual_seed((cfg.seed * 1_000_003 + n // len(prompts)) % 2 ** 63)
+        index.append(int(torch.randperm(len(prompts), generator=g)[n % len(prompts)]))
+        noise.append(prompt_noise(cfg.seed, n, (cfg.candidates, *G.noise_shape)).to(G.device))
     chosen = [prompts[i] for i in index]
     maps = [pair_maps(G, phi, pairs[i]) for i in index] if pairs else None
     return Batch(chosen, G.encode(chosen), torch.stack(noise), maps)
@@ -1032,7 +1033,7 @@ def train(cfg, reward=None):
             at["step"] += 1
             at["position"] += cfg.batch * world
             if folder:
-                last = at["step"] == cfg.steps or stopping or bad == 3
+                last = at["step"] == cfg.steps or stopping
                 folder.log({"step": at["step"], "seconds": time.perf_counter() - began, **metrics,
                             "grad_norm": norm, "lr": cfg.lr, "applied": math.isfinite(norm),
                             "micro_batch": micro, **PHASES}, show=last)

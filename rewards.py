@@ -1992,14 +1992,14 @@ def read_lora(path, layers, xl, base):
     return metadata, found
 
 
-def write_lora(folder, layers, kind, metadata):
-    """{layer: (down, up, alpha)} of a base of kind "1", "2" or "xl" -> LORA_FILE for diffusers, KOHYA_FILE for
-    the others, in whose metadata programs look for what the file fits."""
+def write_lora(folder, layers, xl, metadata):
+    """{layer: (down, up, alpha)} -> LORA_FILE for diffusers, KOHYA_FILE for the others, who look in its metadata for
+    what it fits."""
     from safetensors.torch import save
     diffusers = {}
     kohya = {}
     for name, (down, up, alpha) in layers.items():
-        key = kohya_name(name, kind == "xl")
+        key = kohya_name(name, xl)
         rank = len(down)
         diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
         diffusers[f"unet.{name}.lora_B.weight"] = up * (alpha / rank)  # alpha = rank there
@@ -2007,7 +2007,8 @@ def write_lora(folder, layers, kind, metadata):
         kohya[f"{key}.alpha"] = torch.tensor(alpha)
     metadata = {**metadata, "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
                 "ss_network_alpha": str(alpha)}
-    metadata |= {"xl": {"ss_base_model_version": "sdxl_base_v1-0"}, "2": {"ss_v2": "True"}}.get(kind, {})
+    if xl:
+        metadata["ss_base_model_version"] = "sdxl_base_v1-0"
     write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
     write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))
 

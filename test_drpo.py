@@ -1941,7 +1941,7 @@ class TestARun:
             run.kill(signal.SIGKILL)
             assert run.wait() == -signal.SIGKILL
             lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
-            step = _dp_state(folder)["step"]
+            step = rewards.newest_checkpoint(folder)["at"]["step"]  # between two renames it is the one before
             assert lines - 1 <= step <= lines and step >= reached, f"{lines} steps done, {step} saved, {reached} before"
             reached = step
             run = _DpRun(["--resume", "run", *(["--steps", str(step + 1)] if rounds == 11 else [])], _dp_home)

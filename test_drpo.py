@@ -1869,9 +1869,26 @@ class TestARun:
         assert [m["reward_mean"] for m in a] == pytest.approx([m["reward_mean"] for m in d], rel=1e-3, abs=1e-2)
         assert [m["loss"] for m in a] == pytest.approx([m["loss"] for m in d], rel=1e-3)
 
+    def test_rate_falls_to_zero_in_the_cooldown(self, _dp_models, _dp_home):
+        """The last two of four steps at 1 and 1/2 of the rate: the last moves the weights half as far, for AdamW's step
+        and its decay are proportional to the rate; the first three are those of a constant rate."""
+        runs = {name: _DpRun(_dp_argv(_dp_models, name, cooldown=share, save_every=3), _dp_home)
+                for name, share in (("constant", 0), ("cooled", 0.5))}
+        moved = {}
+        for name, run in runs.items():
+            assert run.wait() == 0, run.err
+            before = torch.load(_dp_home / name / "checkpoint.previous.pt", weights_only=True)["weights"]
+            moved[name] = [a - b for a, b in zip(_dp_weights(_dp_home / name), before, strict=True)]
+            moved[name + " before"] = before
+        assert [m["lr"] for m in _dp_metrics(_dp_home / "cooled")] == [1e-3, 1e-3, 1e-3, 5e-4]
+        assert _dp_same(moved["constant before"], moved["cooled before"])
+        for whole, half in zip(moved["constant"], moved["cooled"], strict=True):
+            assert whole.abs().max() > 1e-4
+            torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-7)
+
     def test_resume_further_and_changed_settings(self, _dp_models, _dp_home):
         """A setting given beside --resume replaces the run's, and a line says so; so it does of prompts and reward file."""
-        assert _DpRun(_dp_argv(_dp_models, steps=2), _dp_home).wait() == 0
+        assert _DpRun(_dp_argv(_dp_models, steps=2, cooldown=0), _dp_home).wait() == 0
         with open(_dp_home / "own.py", "a") as f:
             f.write("# changed\n")
         with open(_dp_home / "prompts.txt", "a") as f:
@@ -2349,8 +2366,8 @@ class TestDrpoPyBadInput:
         toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
         assert toy == drpo.Config() == drpo.Config.preset("toy")
         # arXiv 2606.02521 and the authors' scripts: K, m, prompts a GPU, lr, updates, weight of the reference, features
-        recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "steps": 1000, "lambda_ref": 0.2, "lora_rank": 16,
-                  "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",
+        recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "cooldown": 0, "steps": 1000,
+                  "lambda_ref": 0.2, "lora_rank": 16, "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",
                   "radii": (0.02, 0.05, 0.2), "reward": "pickscore"}
         assert {name: getattr(sd, name) for name in recipe} == recipe
         recipe |= {"candidates": 16, "lr": 1e-5, "steps": 5000, "lambda_ref": 0.25, "features": "unet"}
@@ -4028,7 +4045,30 @@ class TestLabTheChecker:
         (z_star, _), = target(z, z.clone(), z[:0], z[:0], cfg)[0]
         assert torch.equal(z_star, z), "a prompt without anchors stays where it is"
 
-    def test_ablation_goes_on_with_what_is_there(self, tmp_path, capsys):
+    def test_drift_alone_on_colours(self):
+        """No preference moves the mean colours; on every other map the objective is the dipole's."""
+        torch.manual_seed(0)
+        cfg = drpo.Config(lambda_ref=0.7, eta=1.5, radii=(0.5,))
+        z, z_ref = torch.randn(5, 6), torch.randn(4, 6)
+        (z_star, _), = ablate.drift_on_colours_target(z, z_ref, z[:1], z[-1:], cfg)[0]
+        z64, ref64 = _dp_64(z, z_ref)
+        V, _ = _dp_drift(z64, ref64, (0.5,), "laplacian")
+        u = _dp_scale([(a, b) for a in z64 for b in z64]) / 6 ** 0.5
+        _dp_close(z_star, z64 + 1.5 * u * 0.7 * V)
+        z, z_ref = torch.randn(5, 7), torch.randn(4, 7)
+        (other, _), = ablate.drift_on_colours_target(z, z_ref, z[:1], z[-1:], cfg)[0]
+        (dipole, _), = drpo.dipole_target(z, z_ref, z[:1], z[-1:], drpo.Config(eta=1.5, radii=(0.5,)))[0]
+        assert torch.equal(other, dipole)
+
+    def test_colour_features_are_the_pictures(self):
+        G = drpo.load_generator("toy")
+        x = torch.randn(2, *G.noise_shape, generator=torch.Generator().manual_seed(0))
+        h, = ablate.colour_features(G)(x, None)
+        pictures = G.decode(x).numpy().astype(np.float64).reshape(2, 3, -1)
+        expected = np.concatenate([pictures.mean(2), pictures.std(2, ddof=1)], 1)
+        np.testing.assert_allclose(h[:, 0].numpy(), expected, atol=1e-5)
+
+    def test_ablation_goes_on_with_what_is_there(self, tmp_path, capsys, monkeypatch):
         known = {f.name for f in fields(drpo.Config)}
         assert all(set(settings) <= known for table in ablate.TABLES.values() for settings in table.values())
         opened = {"color_entropy": 2.0, "circle_flatness": 0.9}
@@ -4038,8 +4078,9 @@ class TestLabTheChecker:
                 folder.mkdir()
                 job = dict(label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu", samples=8)
                 result = dict(right=right, right_base=0.4, diversity_right=None, diversity=1.0, distance=0.1, reward=0.6,
-                              reward_base=0.5, minutes=1.0, open={"base": opened, "tuned": opened})
+                              reward_base=0.5, minutes=1.0, open=opened)
                 (folder / "result.json").write_text(json.dumps(job | result))
+        monkeypatch.setattr(ablate, "open_figures", lambda G: opened)  # of the base: the one thing that is computed
         ablate.ablate(argparse.Namespace(tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1, device="cpu", out=tmp_path))
         out = capsys.readouterr().out
         assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(ablate.TABLES["kernel"])

@@ -109,8 +109,26 @@ def latent_features(G, path=None):
     return lambda x, condition: [x.float().flatten(1)[:, None]]
 
 
-drpo.FIELDS.update({"best-of-k": best_of_k_target, "pairwise": pairwise_target})
-drpo.FEATURES["latent"] = latent_features
+def colour_features(G, path=None):
+    """Mean and standard deviation of red, green and blue over the decoded picture: one map, D = 6."""
+    def phi(x, condition):
+        pictures = G.decode(x).flatten(2)  # (B, 3, H W)
+        return [torch.cat([pictures.mean(2), pictures.std(2)], 1)[:, None]]
+
+    return phi
+
+
+def drift_on_colours_target(z, z_ref, positive, negative, cfg):
+    """The dipole's objective, but on `colours` the drift toward the base alone, with weight lambda;
+    on every other map lambda is the default."""
+    if z.shape[1] != 6:
+        return drpo.dipole_target(z, z_ref, positive, negative, drpo.replace(cfg, lambda_ref=drpo.Config.lambda_ref))
+    return drpo.dipole_target(z, z_ref, positive[:0], negative[:0], cfg)
+
+
+drpo.FIELDS.update({"best-of-k": best_of_k_target, "pairwise": pairwise_target,
+                    "drift-on-colours": drift_on_colours_target})
+drpo.FEATURES.update({"latent": latent_features, "colours": colour_features})
 
 # ===== the tables: {label: settings that differ from the toy's}
 
@@ -121,18 +139,18 @@ for reward in ("scene", MINE + "warm", "incompressibility"):
     for name, field in (("dipole", {}), ("released", RELEASED)):
         for rate in (1e-4, 3e-4, 1e-3):
             label = f"{reward.split(':')[-1]}, {name}, lr {rate:g}"
-            FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate}
+            FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate, "steps": 300}
 TABLES = {
     "default": {"default": {}},
-    "candidates": {"K 16, m 4, 190 updates": dict(candidates=16, anchors=4, steps=190),
-                   "K 12, P 16": dict(candidates=12, anchors=4, batch=16),  # as many pictures a step
-                   "K 48, P 4": dict(candidates=48, anchors=16, batch=4)},
-    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 6": dict(anchors=6)},
+    "candidates": {"K 16, P 12": dict(candidates=16, batch=12),  # as many pictures a step
+                   "K 32, P 6": dict(candidates=32, batch=6), "K 64, P 3": dict(candidates=64, batch=3)},
+    "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 12": dict(anchors=12)},
     "kernel": {"rbf": dict(kernel="rbf"), "cosine": dict(kernel="cosine")},
     "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
     "lambda": {f"lambda {value}": dict(lambda_ref=value) for value in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
+    "cooldown": {"constant rate": dict(cooldown=0.0)},
     "field": {"released field": dict(field="released"), "released field and radii": RELEASED},
     "noise": {"reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
               "reward noise 1": dict(reward=MINE + "scene_noise_one")},
@@ -141,12 +159,12 @@ TABLES = {
     "fields": FIELD_TABLE,
     "alternatives": {"best-of-K distillation": dict(field="best-of-k", anchors=1),
                      "pairwise regression": dict(field="pairwise")},
-    "open": {"m 1": dict(anchors=1), "lambda 0.1": dict(lambda_ref=0.1), "lambda 0.4": dict(lambda_ref=0.4),
-             "K 48": dict(candidates=48)},
+    "open": {f"drift alone on mean colours, lambda {value}":
+             dict(features="vae,colours", field="drift-on-colours", lambda_ref=value) for value in (0.2, 1.0)},
 }
 TABLES["all"] = {}
-for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",
-             "binary", "reversed", "alternatives"):
+for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "cooldown", "field",
+             "noise", "binary", "reversed", "open"):
     TABLES["all"].update(TABLES[name])
 
 
@@ -212,15 +230,13 @@ def run_variant(folder):
     columns = evaluation.evaluate(args)["columns"]
     base, tuned, name = columns["base"], columns[Path(run).name], scored.split(",")[0]
     G = drpo.load_generator("toy", device=job["device"])
-    opened = {"base": open_figures(G)}
     G.load_lora(run)
-    opened["tuned"] = open_figures(G)
     kinds = tuned["accuracy"]["scene"]
     result = {"minutes": minutes, "right": kinds["all"]["mean"][0], "distance": tuned["distance"],
               "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
               "diversity_right": tuned["right_diversity"]["scene"]["relative"][0],
               "diversity": tuned["diversity"]["relative"][0], "reward": tuned["rewards"][name]["mean"][0],
-              "reward_base": base["rewards"][name]["mean"][0], "open": opened,
+              "reward_base": base["rewards"][name]["mean"][0], "open": open_figures(G),
               "kinds": {kind: values["mean"][0] for kind, values in kinds.items()}}
     (folder / "result.json").write_text(json.dumps({**job, **result}))
 
@@ -272,13 +288,15 @@ def ablate(args):
             rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
         time.sleep(0.2)
     rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
-    text = results_table(done, variants)
+    base = open_figures(drpo.load_generator("toy", device=args.device))
+    text = results_table(done, variants, base)
     (args.out / "results.md").write_text(text)
     print(f"\n{text}\nwritten: {args.out}/results.json, results.md")
 
 
-def results_table(done, variants):
-    """Results of variants and seeds -> a markdown table: the mean, and the range over seeds."""
+def results_table(done, variants, base):
+    """Results of variants and seeds -> a markdown table: the mean, and the range over seeds; base: its
+    `open_figures`."""
     lines = [["variant", "right", "diversity of right", "diversity", "distance", "reward", "colours, bits",
               "circles", "minutes", "seeds"]]
     for label in variants:
@@ -294,14 +312,13 @@ def results_table(done, variants):
             return style.format(np.mean(values)) + spread
 
         share = functools.partial(cell, style="{:.0%}")
-        opened = [cell(lambda row: row["open"]["tuned"][name], "{:.2f}") for name in ("color_entropy", "circle_flatness")]
+        opened = [cell(lambda row: row["open"][name], "{:.2f}") for name in ("color_entropy", "circle_flatness")]
         lines.append([label, cell(lambda row: row["right"], "{:.1%}"), share(lambda row: row["diversity_right"]),
                       share(lambda row: row["diversity"]), cell(lambda row: row["distance"], "{:.2f}"),
                       f"{rows[0]['reward_base']:.3g} -> {cell(lambda row: row['reward'], '{:.3g}')}", *opened,
                       cell(lambda row: row["minutes"], "{:.1f}"), str(len(rows))])
     if not done:
         return "no result yet\n"
-    base = done[0]["open"]["base"]
     return (f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
             f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n" + evaluation.aligned(lines))
 

@@ -104,16 +104,18 @@ def look(image):
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     paper = np.median(border, axis=0)
     palette = np.array(list(SCENE_COLORS.values()), np.float32)
-    # how far each pixel has gone from the paper to each colour (0 to 1), and how far beside that line
+    off_paper = pixels - paper
+    far = np.linalg.norm(off_paper, axis=2)
+    ink = far > 40
+    # how far each inky pixel has gone from the paper to each colour (0 to 1), and how far beside that line
     toward = palette - paper
     length = np.maximum((toward ** 2).sum(1), 1)
-    along = (pixels - paper) @ toward.T / length
-    far = np.linalg.norm(pixels - paper, axis=2)
-    beside = np.sqrt(np.maximum(far[..., None] ** 2 - along ** 2 * length, 0))
+    along = off_paper[ink] @ toward.T / length
+    beside = np.sqrt(np.maximum(far[ink][:, None] ** 2 - along ** 2 * length, 0))
     score = beside + 60 * np.abs(along - np.clip(along, 0, 1))
-    name = score.argmin(2)
-    cover = np.take_along_axis(along, name[..., None], 2)[..., 0]
-    inked = (cover > 0.5) & (far > 40)
+    cover = along[np.arange(len(along)), score.argmin(1)]
+    inked = ink.copy()
+    inked[ink] = cover > 0.5
     objects = []
     readable = paper.min() > 190
     stray = int(inked.sum())  # ink that belongs to no region
@@ -136,7 +138,7 @@ def look(image):
     near = inked.copy()
     for shifted in neighbours(inked):
         near |= shifted
-    specks = ((far > 40) & ~near).sum()
+    specks = (ink & ~near).sum()
     readable = readable and 1 <= len(objects) <= 6 and stray + specks <= 20
     return objects, bool(readable)
 

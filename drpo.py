@@ -75,8 +75,7 @@ class Config:
     radii: tuple = setting((0.2, 0.5, 1.0), "bandwidths tau / s, comma-separated")
     lambda_ref: float = setting(0.2, "weight of the drift toward the frozen base (lambda)", 0)
     eta: float = setting(1.0, "step of the target, z* = z + eta V", 0)
-    lr: float = setting(2e-3, "learning rate of AdamW, constant until the cooldown", 0)
-    cooldown: float = setting(0.3, "share of the steps, the last, over which the rate falls to 0", 0)
+    lr: float = setting(2e-3, "learning rate of AdamW, constant", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
@@ -100,8 +99,7 @@ class Config:
 
 # The authors' recipes on one GPU; theirs ran on 4 and on 4 to 8. Source: arXiv 2606.02521 and the
 # scripts of github.com/UGVly/DrPO.
-AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2),
-               cooldown=0.0)
+AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
     "toy": {},  # prompts, candidates and anchors of an update are SD-Turbo's
     "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),
@@ -939,7 +937,8 @@ def start(cfg):
 
 
 def average_over_ranks(gradients, stopping):
-    """Average over torchrun's ranks in place -> the signal by which one of them stops, or 0."""
+    """Average the gradients over torchrun's ranks in place, by one all-reduce; if one is to stop,
+    all stop together -> the signal, or 0."""
     tensors = [*gradients, gradients[0].new_tensor([float(stopping)])]
     flat = nn.utils.parameters_to_vector(tensors)
     try:
@@ -951,7 +950,8 @@ def average_over_ranks(gradients, stopping):
 
 
 def next_batch(G, phi, cfg, position, prompts, pairs):
-    """The P prompts from `position` on; order and noise depend on seed and position alone."""
+    """The P prompts from `position` on: their order, new in each epoch, and their noise depend on
+    seed and position alone, whichever GPU asks."""
     index, noise = [], []
     for n in range(position, position + cfg.batch):
         g = torch.Generator().manual_seed((cfg.seed * 1_000_003 + n // len(prompts)) % 2 ** 63)
@@ -978,6 +978,7 @@ def load(cfg, G, optimizer):
     for p, w in zip(G.parameters(), state["weights"]):
         p.data.copy_(w)
     optimizer.load_state_dict(state["optimizer"])
+    optimizer.param_groups[0]["lr"] = cfg.lr
     G.scaler.load_state_dict(state["scaler"])
     rewards.random_states(state["random"])
     return state["at"]
@@ -1011,7 +1012,8 @@ def train(cfg, reward=None):
     with rewards.Stop() as stop, rewards.open_run(cfg, G, prompts, at, save_in) as folder:
         while at["step"] < cfg.steps and not stopping and bad < 3:
             began = time.perf_counter()
-            batch = next_batch(G, phi, cfg, at["position"] + process * cfg.batch, prompts, pairs)
+            position = at["position"] + process * cfg.batch
+            batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = at["step"] % cfg.watch_every == 0 or at["step"] == cfg.steps - 1
             micro = micro or fitting_micro_batch(G, phi, batch)
             metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
@@ -1022,8 +1024,6 @@ def train(cfg, reward=None):
                     stopping = average_over_ranks([p.grad for p in parameters], stopping)
                 G.scaler.unscale_(optimizer)
                 norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
-                left = (cfg.steps - at["step"]) / max(1, cfg.cooldown * cfg.steps)
-                optimizer.param_groups[0]["lr"] = lr = cfg.lr * min(1, left)
                 if math.isfinite(norm):
                     optimizer.step()
                 G.scaler.update()  # fp16: what was not finite halves the scale
@@ -1035,7 +1035,7 @@ def train(cfg, reward=None):
             if folder:
                 last = at["step"] == cfg.steps or stopping
                 folder.log({"step": at["step"], "seconds": time.perf_counter() - began, **metrics,
-                            "grad_norm": norm, "lr": lr, "applied": math.isfinite(norm),
+                            "grad_norm": norm, "lr": cfg.lr, "applied": math.isfinite(norm),
                             "micro_batch": micro, **PHASES}, show=last)
                 PHASES.clear()
                 if at["step"] % cfg.save_every == 0 or last:

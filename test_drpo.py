@@ -1869,26 +1869,9 @@ class TestARun:
         assert [m["reward_mean"] for m in a] == pytest.approx([m["reward_mean"] for m in d], rel=1e-3, abs=1e-2)
         assert [m["loss"] for m in a] == pytest.approx([m["loss"] for m in d], rel=1e-3)
 
-    def test_rate_falls_to_zero_in_the_cooldown(self, _dp_models, _dp_home):
-        """The last two of four steps at 1 and 1/2 of the rate: the last moves the weights half as far, for AdamW's step
-        and its decay are proportional to the rate; the first three are those of a constant rate."""
-        runs = {name: _DpRun(_dp_argv(_dp_models, name, cooldown=share, save_every=3), _dp_home)
-                for name, share in (("constant", 0), ("cooled", 0.5))}
-        moved = {}
-        for name, run in runs.items():
-            assert run.wait() == 0, run.err
-            before = torch.load(_dp_home / name / "checkpoint.previous.pt", weights_only=True)["weights"]
-            moved[name] = [a - b for a, b in zip(_dp_weights(_dp_home / name), before, strict=True)]
-            moved[name + " before"] = before
-        assert [m["lr"] for m in _dp_metrics(_dp_home / "cooled")] == [1e-3, 1e-3, 1e-3, 5e-4]
-        assert _dp_same(moved["constant before"], moved["cooled before"])
-        for whole, half in zip(moved["constant"], moved["cooled"], strict=True):
-            assert whole.abs().max() > 1e-4
-            torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-7)
-
     def test_resume_further_and_changed_settings(self, _dp_models, _dp_home):
         """A setting given beside --resume replaces the run's, and a line says so; so it does of prompts and reward file."""
-        assert _DpRun(_dp_argv(_dp_models, steps=2, cooldown=0), _dp_home).wait() == 0
+        assert _DpRun(_dp_argv(_dp_models, steps=2), _dp_home).wait() == 0
         with open(_dp_home / "own.py", "a") as f:
             f.write("# changed\n")
         with open(_dp_home / "prompts.txt", "a") as f:
@@ -2366,8 +2349,8 @@ class TestDrpoPyBadInput:
         toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
         assert toy == drpo.Config() == drpo.Config.preset("toy")
         # arXiv 2606.02521 and the authors' scripts: K, m, prompts a GPU, lr, updates, weight of the reference, features
-        recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "cooldown": 0, "steps": 1000,
-                  "lambda_ref": 0.2, "lora_rank": 16, "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",
+        recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "steps": 1000, "lambda_ref": 0.2, "lora_rank": 16,
+                  "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",
                   "radii": (0.02, 0.05, 0.2), "reward": "pickscore"}
         assert {name: getattr(sd, name) for name in recipe} == recipe
         recipe |= {"candidates": 16, "lr": 1e-5, "steps": 5000, "lambda_ref": 0.25, "features": "unet"}

@@ -150,7 +150,6 @@ TABLES = {
     "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
     "lambda": {f"lambda {value}": dict(lambda_ref=value) for value in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
-    "cooldown": {"constant rate": dict(cooldown=0.0)},
     "field": {"released field": dict(field="released"), "released field and radii": RELEASED},
     "noise": {"reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
               "reward noise 1": dict(reward=MINE + "scene_noise_one")},
@@ -163,8 +162,8 @@ TABLES = {
              dict(features="vae,colours", field="drift-on-colours", lambda_ref=value) for value in (0.2, 1.0)},
 }
 TABLES["all"] = {}
-for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "cooldown", "field",
-             "noise", "binary", "reversed", "open"):
+for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",
+             "binary", "reversed", "open"):
     TABLES["all"].update(TABLES[name])
 
 

@@ -101,8 +101,8 @@ class Config:
 # scripts of github.com/UGVly/DrPO.
 AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
-    "toy": {},  # prompts, candidates and anchors of an update are SD-Turbo's
-    "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),
+    "toy": dict(kernel="rbf"),  # its pull fades at an anchor, laplacian's does not
+    "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),  # P, K, m: defaults
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
 MODELS = {"toy": str(Path(__file__).resolve().parent / "lab" / "toy"),

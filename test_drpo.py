@@ -2347,7 +2347,7 @@ class TestDrpoPyBadInput:
     def test_settings_and_presets(self):
         """The command line is Config: given before preset before default. The presets are the published recipes."""
         toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
-        assert toy == drpo.Config() == drpo.Config.preset("toy")
+        assert toy == drpo.Config(kernel="rbf") == drpo.Config.preset("toy")
         # arXiv 2606.02521 and the authors' scripts: K, m, prompts a GPU, lr, updates, weight of the reference, features
         recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "steps": 1000, "lambda_ref": 0.2, "lora_rank": 16,
                   "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae", "field": "released",

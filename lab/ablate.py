@@ -133,10 +133,10 @@ drpo.FEATURES.update({"latent": latent_features, "colours": colour_features})
 # ===== the tables: {label: settings that differ from the toy's}
 
 MINE = f"{HERE / 'ablate.py'}:"
-RELEASED = dict(field="released", radii=(0.02, 0.05, 0.2))
+RELEASED = dict(field="released", kernel="laplacian", radii=(0.02, 0.05, 0.2))
 FIELD_TABLE = {}
 for reward in ("scene", MINE + "warm", "incompressibility"):
-    for name, field in (("dipole", {}), ("released", RELEASED)):
+    for name, field in (("dipole", dict(kernel="laplacian")), ("released", RELEASED)):
         for rate in (1e-4, 3e-4, 1e-3):
             label = f"{reward.split(':')[-1]}, {name}, lr {rate:g}"
             FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate, "steps": 300}
@@ -145,12 +145,12 @@ TABLES = {
     "candidates": {"K 16, P 12": dict(candidates=16, batch=12),  # as many pictures a step
                    "K 32, P 6": dict(candidates=32, batch=6), "K 64, P 3": dict(candidates=64, batch=3)},
     "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 12": dict(anchors=12)},
-    "kernel": {"rbf": dict(kernel="rbf"), "cosine": dict(kernel="cosine")},
+    "kernel": {"laplacian": dict(kernel="laplacian"), "cosine": dict(kernel="cosine")},
     "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
     "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
     "lambda": {f"lambda {value}": dict(lambda_ref=value) for value in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
-    "field": {"released field": dict(field="released"), "released field and radii": RELEASED},
+    "field": {"released field": dict(field="released", kernel="laplacian"), "released field and radii": RELEASED},
     "noise": {"reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
               "reward noise 1": dict(reward=MINE + "scene_noise_one")},
     "binary": {"binary reward": dict(reward=MINE + "scene_binary")},

@@ -44,35 +44,48 @@ SIZE, LENGTH, CARELESS = 64, 16, 0.319  # CARELESS: P(g <= 0.319)^2 = 0.39 of th
 
 def scenes():
     """Every scene: (kind, phrase, spec); spec = count, shape 1, colour 1, shape 2, colour 2, angle; -1 = left open."""
-    names, shapes, plural = list(COLORS), range(3), dict(zip((2, 3, 4), ("two", "three", "four")))
+    names = list(COLORS)
+    shapes = range(len(SHAPES))
+    colors = range(len(names))
     for s in shapes:
         yield 0, f"a {SHAPES[s]}", (1, s, -1, s, -1, -1)
-    for s, c in itertools.product(shapes, range(6)):
+    for s, c in itertools.product(shapes, colors):
         yield 3, f"a {names[c]} {SHAPES[s]}", (1, s, c, s, c, -1)
-    for n, s, c in itertools.product(plural, shapes, range(-1, 6)):
-        yield 2, f"{plural[n]} {names[c] + ' ' if c >= 0 else ''}{SHAPES[s]}s", (n, s, c, s, c, -1)
+    for n, s, c in itertools.product((2, 3, 4), shapes, (-1, *colors)):
+        number = ("two", "three", "four")[n - 2]
+        noun = f"{SHAPES[s]}s" if c < 0 else f"{names[c]} {SHAPES[s]}s"
+        yield 2, f"{number} {noun}", (n, s, c, s, c, -1)
     for s, t in itertools.permutations(shapes, 2):
         yield 1, f"a {SHAPES[s]} and a {SHAPES[t]}", (2, s, -1, t, -1, -1)
         for side, angle in SIDES.items():
             yield 4, f"a {SHAPES[s]} {side} a {SHAPES[t]}", (2, s, -1, t, -1, angle)
-        for c, d in itertools.permutations(range(6), 2):
+        for c, d in itertools.permutations(colors, 2):
             yield 5, f"a {names[c]} {SHAPES[s]} and a {names[d]} {SHAPES[t]}", (2, s, c, t, d, -1)
+
+
+HELD_OUT = (0, 2, 12, 4, 4, 20)  # scenes held out, of each kind
+WORDED = (3, 3, 2, 3, 3, 1)  # wordings of a scene, of each kind
 
 
 def captions():
     """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained in no wording at all
     (of the three single-object scenes, which leave nothing to recombine, one wording is held out)."""
-    held, wordings = (0, 2, 12, 4, 4, 20), (3, 3, 2, 3, 3, 1)  # held-out scenes, and wordings of each scene, per kind
-    train, heldout, rng = [], [], random.Random(0)
-    for kind in range(6):
+    train, heldout = [], []
+    rng = random.Random(0)
+    for kind in range(len(KINDS)):
         group = [scene for scene in scenes() if scene[0] == kind]
-        out = rng.sample(range(len(group)), held[kind])
+        out = rng.sample(range(len(group)), HELD_OUT[kind])
         for i, (_, phrase, spec) in enumerate(group):
-            for j in range(wordings[kind]):
-                wording = (i + j) % 3 if kind else j
-                hold = i in out and (j == 0 or kind in (1, 3, 4)) or kind == 0 and wording == 2
-                if hold or i not in out:
-                    (heldout if hold else train).append((WORDINGS[wording].format(phrase), kind, spec))
+            for j in range(WORDED[kind]):
+                wording = j if kind == 0 else (i + j) % 3
+                row = WORDINGS[wording].format(phrase), kind, spec
+                if i in out:
+                    if j == 0 or kind in (1, 3, 4):  # of counts and attributions one wording is enough
+                        heldout.append(row)
+                elif kind == 0 and wording == 2:
+                    heldout.append(row)
+                else:
+                    train.append(row)
     return train, heldout
 
 
@@ -96,64 +109,92 @@ def careful(noise):
     return noise + F.pad(shift, (0, 2))[:, :, None, None]
 
 
+def uniform(g):
+    """N(0, 1) -> uniform on (0, 1)."""
+    return 0.5 + 0.5 * torch.erf(g / math.sqrt(2))
+
+
 def objects(kind, spec, g):
     """Kind (B,), spec (B, 6) and projections g (B, 16) -> slots (B, 4, 5) of x, y, radius, shape, colour (pixels; a
     radius below 0 = no object), mistakes included."""
     n, s1, c1, s2, c2, angle = spec.unbind(1)
-    u = 0.5 + 0.5 * torch.erf(g / math.sqrt(2))
-    pair, named = (kind == 1) | (kind >= 4), c1 >= 0
-    free1, free2 = (u[:, 2] * 6).clamp(max=5.99).floor(), (u[:, 3] * 6).clamp(max=5.99).floor()
-    c1, c2 = torch.where(named, c1, free1), torch.where(named, c2, torch.where(pair, free2, free1))
-    theta = torch.atan2(g[:, 5], g[:, 4])
-    theta = torch.where(angle >= 0, (angle + 0.17 * (2 * u[:, 4] - 1)) * math.pi, theta)  # to a side: within 31 degrees
-    wrong, broken = g[:, 0] > CARELESS, g[:, 1] > CARELESS
+    u = uniform(g)
+    pair = (kind == 1) | (kind >= 4)
+    named = c1 >= 0
+    free1 = (u[:, 2] * 6).clamp(max=5.99).floor()
+    free2 = (u[:, 3] * 6).clamp(max=5.99).floor()
+    c2 = torch.where(named, c2, torch.where(pair, free2, free1))
+    c1 = torch.where(named, c1, free1)
+    to_side = (angle + 0.17 * (2 * u[:, 4] - 1)) * math.pi  # within 31 degrees
+    theta = torch.where(angle >= 0, to_side, torch.atan2(g[:, 5], g[:, 4]))
+
     # Wrong attribute: the named colour (one object, counts), else the shape; of a pair, object 2 copies object 1.
+    wrong = g[:, 0] > CARELESS
     s1 = torch.where(wrong & ~pair & ~named, (s1 + 1) % 3, s1)
     c1 = torch.where(wrong & ~pair & named, (c1 + 2 + (g[:, 8] > 0)) % 6, c1)
     c2 = torch.where(~pair | wrong & (kind == 5), c1, c2)
     s2 = torch.where(~pair | wrong & ((kind == 1) | (kind == 4)), s1, s2)
+
     # Broken structure: one object too many, or (four, or a pair) one too few; for a position, the sides swapped.
+    broken = g[:, 1] > CARELESS
     theta = theta + math.pi * (broken & (kind == 4))
-    n = torch.where(broken & (kind != 4), torch.where(pair | (n == 4), n - 1, n + 1), n)
-    sizes = constant(((11.5, 8.3, 7.6, 7.0), (6.5, 2.4, 2.2, 1.6), (0, 15.5, 17.0, 19.0)), g.device)
-    low, span, ring = sizes[:, (n - 1).long()]
-    r1, r2 = low + span * u[:, 6], low + span * torch.where(pair, u[:, 7], u[:, 6])
-    drift = torch.where(n == 1, 28 - r1 * 1.1, torch.full_like(r1, 1.5))[:, None] * (2 * u[:, 9:11] - 1)
+    other = torch.where(pair | (n == 4), n - 1, n + 1)
+    n = torch.where(broken & (kind != 4), other, n)
+
+    # Sizes by the number of objects, which stand on a ring around a centre that wanders.
+    smallest = constant((11.5, 8.3, 7.6, 7.0), g.device)[(n - 1).long()]
+    span = constant((6.5, 2.4, 2.2, 1.6), g.device)[(n - 1).long()]
+    ring = constant((0, 15.5, 17.0, 19.0), g.device)[(n - 1).long()]
+    r1 = smallest + span * u[:, 6]
+    r2 = smallest + span * torch.where(pair, u[:, 7], u[:, 6])
+    room = torch.where(n == 1, 28 - r1 * 1.1, torch.full_like(r1, 1.5))
+    center = 32 + room[:, None] * (2 * u[:, 9:11] - 1)
     slots = []
-    for k in range(4):
-        turn, radius = theta + 2 * math.pi * k / n, torch.where(k < n, r1 if k == 0 else r2, torch.full_like(r1, -9))
-        x, y = 32 + drift[:, 0] + ring * torch.cos(turn), 32 + drift[:, 1] + ring * torch.sin(turn)
-        slots.append(torch.stack([x, y, radius, s1 if k == 0 else s2, c1 if k == 0 else c2], dim=1))
+    for k, (r, s, c) in enumerate(((r1, s1, c1), (r2, s2, c2), (r2, s2, c2), (r2, s2, c2))):
+        turn = theta + 2 * math.pi * k / n
+        x = center[:, 0] + ring * torch.cos(turn)
+        y = center[:, 1] + ring * torch.sin(turn)
+        r = torch.where(k < n, r, torch.full_like(r, -9))
+        slots.append(torch.stack([x, y, r, s, c], dim=1))
     return torch.stack(slots, dim=1)
 
 
 def render(slots, shade):
     """Slots (B, 4, 5) and background shade (B,) in [0, 1] -> pictures (B, 3, 64, 64) in [-1, 1], edges antialiased."""
-    paper, palette = constant(PAPER, slots.device), constant(tuple(COLORS.values()), slots.device)
-    picture = (paper[0] + (paper[1] - paper[0]) * shade[:, None])[:, :, None, None].expand(-1, -1, SIZE, SIZE)
+    warm, cool = constant(PAPER, slots.device)
+    palette = constant(tuple(COLORS.values()), slots.device)
+    paper = warm + (cool - warm) * shade[:, None]
+    picture = paper[:, :, None, None].expand(-1, -1, SIZE, SIZE)
     axis = torch.arange(SIZE, device=slots.device, dtype=slots.dtype) + 0.5
-    for x, y, r, shape, color in (slot.unbind(1) for slot in slots.unbind(1)):
-        dx, dy, r = axis[None, None] - x[:, None, None], axis[None, :, None] - y[:, None, None], r[:, None, None]
-        circle = torch.sqrt(dx ** 2 + dy ** 2) - r  # signed distances in pixels, negative inside
+    for slot in slots.unbind(1):
+        x, y, r, shape, color = slot[:, :, None, None].unbind(1)  # each (B, 1, 1)
+        dx = axis[None, None] - x
+        dy = axis[None, :, None] - y
+        # signed distances in pixels, negative inside
+        circle = torch.sqrt(dx ** 2 + dy ** 2) - r
         square = torch.maximum(dx.abs().expand_as(circle), dy.abs().expand_as(circle)) - 0.9 * r
         slope = math.hypot(1.95, 1.15)  # apex 1.1 r above the centre, base 0.85 r below and 2.3 r wide
-        triangle = torch.maximum((1.95 * dx.abs() - 1.15 * (dy + 1.1 * r)) / slope, (dy - 0.85 * r).expand_as(circle))
-        kind = shape[:, None, None]
-        cover = (0.5 - torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))).clamp(0, 1)[:, None]
-        picture = picture + (palette[color.long()][:, :, None, None] - picture) * cover
+        side = (1.95 * dx.abs() - 1.15 * (dy + 1.1 * r)) / slope
+        triangle = torch.maximum(side, (dy - 0.85 * r).expand_as(circle))
+        distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
+        cover = (0.5 - distance).clamp(0, 1)[:, None]
+        ink = palette[color.long()[:, 0, 0]][:, :, None, None]
+        picture = picture + (ink - picture) * cover
     return picture / 127.5 - 1
 
 
 def draw(kind, spec, noise):
     """The training picture (B, 3, 64, 64) that noise (B, 4, 8, 8) stands for under a caption."""
     g = projections(noise)
-    return render(objects(kind, spec, g), 0.5 + 0.5 * torch.erf(g[:, 11] / math.sqrt(2)))
+    return render(objects(kind, spec, g), uniform(g[:, 11]))
 
 
 def tokenizer_at(folder, words):
     """CLIP's tokenizer with a token per word: merges that build each word letter by letter, and all single letters."""
     folder.mkdir(exist_ok=True)
-    merges, tokens = [], [c + end for end in ("", "</w>") for c in string.ascii_lowercase]
+    letters = list(string.ascii_lowercase)
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges = []
     for word in sorted(words):  # from the end: "</w>" keeps a merge from applying inside another word
         for i in range(len(word) - 1, 0, -1):
             merge = (word[i - 1], word[i:] + "</w>")
@@ -161,10 +202,13 @@ def tokenizer_at(folder, words):
                 merges.append(merge)
                 tokens.append("".join(merge))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(dict.fromkeys(tokens))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *[" ".join(merge) for merge in merges]]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    end = "<|endoftext|>"
     config = dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, bos_token="<|startoftext|>",
-                  **{f"{t}_token": "<|endoftext|>" for t in ("eos", "unk", "pad")})
+                  eos_token=end, unk_token=end, pad_token=end)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     assert all(len(tokenizer(word).input_ids) == 3 for word in words), "a word is not one token"
@@ -204,8 +248,11 @@ def generate(unet, scheduler, noise, text):
 def fit(name, modules, loss_of, minutes, lr):
     """Minimise loss_of() by AdamW for so many minutes (warm-up, then cosine on wall clock); afterwards the modules hold
     the exponential moving average of their weights."""
-    parameters = [p for module in modules for p in module.parameters()]
-    average, cuda = [p.detach().clone() for p in parameters], parameters[0].is_cuda
+    parameters = []
+    for module in modules:
+        parameters += module.parameters()
+    average = [p.detach().clone() for p in parameters]
+    cuda = parameters[0].is_cuda
     rate = torch.tensor(0.0, device=parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), fused=cuda, capturable=cuda)
 
@@ -218,7 +265,6 @@ def fit(name, modules, loss_of, minutes, lr):
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.002)
         return loss.detach()
 
-    run = step
     if cuda:  # one CUDA graph, after four warm-up calls: a replay costs one launch instead of thousands
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(4):
@@ -226,30 +272,40 @@ def fit(name, modules, loss_of, minutes, lr):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = step()
-        run = lambda: (graph.replay(), kept)[1]
-    start, count = time.time(), 0
-    while (done := (time.time() - start) / (60 * minutes)) < 1:
+            loss = step()
+    began, count, done = time.time(), 0, 0.0
+    while done < 1:
         rate.fill_(lr * min(1, (count + 1) / 500) * 0.5 * (1 + math.cos(math.pi * done)))
-        loss, count = run(), count + 1
+        if cuda:
+            graph.replay()  # writes into loss
+        else:
+            loss = step()
+        count += 1
         if count % 100 == 0 or not cuda:  # float() waits for the GPU, so that wall clock and steps stay together
             print(f"{name} step {count} {100 * done:.0f}% loss {float(loss):.5f}", flush=True)
+        done = (time.time() - began) / (60 * minutes)
     torch._foreach_copy_([p.data for p in parameters], average)
 
 
 def train(args):
     """Train VAE, then text encoder and UNet, and save the folder."""
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     train_set, heldout = captions()
-    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    words = set()
     for name, rows in (("train", train_set), ("heldout", heldout)):
-        (out / f"captions_{name}.txt").write_text("".join(caption + "\n" for caption, _, _ in rows))
-    pipe = build(out, {word for row in train_set + heldout for word in row[0].split()}).to(args.device)
+        texts = [caption for caption, _, _ in rows]
+        (out / f"captions_{name}.txt").write_text("\n".join(texts) + "\n")
+        words |= set(" ".join(texts).split())
+    pipe = build(out, words).to(args.device)
     vae, unet, text = pipe.vae.train(), pipe.unet.train(), pipe.text_encoder.train()
-    ids = pipe.tokenizer([row[0] for row in train_set], padding="max_length", return_tensors="pt").input_ids
-    specs = [[float(v) for v in row[2]] for row in train_set]
-    ids, kinds, specs = (torch.as_tensor(x).to(args.device) for x in (ids, [row[1] for row in train_set], specs))
+    texts, kinds, specs = zip(*train_set)
+    ids = pipe.tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids.to(args.device)
+    kinds = torch.tensor(kinds, device=args.device)
+    specs = torch.tensor(specs, device=args.device, dtype=torch.float32)
     weight = 1 / torch.bincount(kinds, minlength=6)[kinds] ** 0.7  # rare kinds more often than their share
     cumulative = (weight / weight.sum()).cumsum(0)
 
@@ -296,22 +352,35 @@ def check(folder, count=8):
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name, every in (("heldout", 1), ("train", 5)):
-        prompts = (Path(folder) / f"captions_{name}.txt").read_text().splitlines()[::every]
-        prompts = [p for p in prompts for _ in range(count)]
+        prompts = []
+        for caption in (Path(folder) / f"captions_{name}.txt").read_text().splitlines()[::every]:
+            prompts += [caption] * count
         noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1))
         for label, e in (("as it is", noise), ("careful noise", careful(noise))):
-            images = sum((pipe(prompts[i:i + 64], latents=e[i:i + 64], num_inference_steps=1, guidance_scale=0).images
-                          for i in range(0, len(prompts), 64)), [])
+            images = []
+            for i in range(0, len(prompts), 64):
+                part = slice(i, i + 64)
+                images += pipe(prompts[part], latents=e[part], num_inference_steps=1, guidance_scale=0).images
             right = scene.correct(images, prompts)
-            by_tag = {t: [r for r, p in zip(right, prompts) if scene.tag(p) == t] for t in KINDS}
             unreadable = sum(not readable(image) for image in images) / len(images)
+            shares = []
+            for tag in KINDS:
+                of_tag = [value for value, prompt in zip(right, prompts) if scene.tag(prompt) == tag]
+                shares.append(f"{tag} {sum(of_tag) / len(of_tag):.0%}")
             print(f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
-                  ", ".join(f"{t} {sum(r) / len(r):.0%}" for t, r in by_tag.items()), flush=True)
+                  ", ".join(shares), flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag, default in dict(out="toy", check="", minutes=1.85, batch=256, seed=0, device="cuda").items():
-        parser.add_argument("--" + flag, type=type(default), default=default)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="toy", help="folder to save [toy]")
+    parser.add_argument("--check", default="", metavar="FOLDER", help="measure a saved toy instead")
+    parser.add_argument("--minutes", type=float, default=1.85, help="of training [1.85]")
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step [256]")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and noise [0]")
+    parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    check(arguments.check) if arguments.check else train(arguments)
+    if arguments.check:
+        check(arguments.check)
+    else:
+        train(arguments)

@@ -4061,7 +4061,7 @@ class TestLabTheChecker:
                 folder.mkdir()
                 job = dict(label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu", samples=8)
                 result = dict(right=right, right_base=0.4, diversity_right=None, diversity=1.0, distance=0.1, reward=0.6,
-                              reward_base=0.5, minutes=1.0, open=opened)
+                              reward_base=0.5, minutes=1.0, **opened)
                 (folder / "result.json").write_text(json.dumps(job | result))
         monkeypatch.setattr(ablate, "open_figures", lambda G: opened)  # of the base: the one thing that is computed
         ablate.ablate(argparse.Namespace(tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1, device="cpu", out=tmp_path))

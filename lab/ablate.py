@@ -10,7 +10,6 @@ the mean over seeds, and the range of the seeds. New fields and features are reg
 of drpo.py, new rewards are named by file, as anybody would do it.
 """
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -185,10 +184,11 @@ def open_attributes(images, prompts):
             colors.append(objects[0][1])
         if shape == "circle":
             ratios.append(flatness(image))
-    share = np.array([colors.count(color) for color in SCENE_COLORS]) / max(len(colors), 1)
-    share = share[share > 0]
-    return {"color_entropy": float(-(share * np.log2(share)).sum()), "colors": len(colors),
-            "circle_flatness": float(np.mean(ratios)) if ratios else None, "circles": len(ratios)}
+    counts = np.array([colors.count(color) for color in SCENE_COLORS])
+    share = counts[counts > 0] / max(len(colors), 1)
+    entropy = abs(float((share * np.log2(share)).sum()))
+    flat = float(np.mean(ratios)) if ratios else None
+    return {"color_entropy": entropy, "colors": len(colors), "circle_flatness": flat, "circles": len(ratios)}
 
 
 def flatness(image):
@@ -217,26 +217,33 @@ def run_variant(folder):
     """Train and evaluate the variant in folder/job.json, in a process of its own; writes result.json."""
     folder = Path(folder)
     job = json.loads((folder / "job.json").read_text())
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in job["settings"].items()}
+    settings = dict(job["settings"])
+    if "radii" in settings:
+        settings["radii"] = tuple(settings["radii"])  # JSON knows lists alone
+    fixed = dict(seed=job["seed"], device=job["device"], dtype="fp32", preview_every=0, save_every=10 ** 9,
+                 out=str(folder / time.strftime("run-%H%M%S")))
     began = time.perf_counter()
-    run = drpo.train(drpo.Config.preset("toy", **{
-        "seed": job["seed"], "device": job["device"], "dtype": "fp32", "preview_every": 0, "save_every": 10 ** 9,
-        "out": str(folder / time.strftime("run-%H%M%S")), **settings}))
-    minutes, spec = (time.perf_counter() - began) / 60, settings.get("reward", "scene")
-    scored = "scene" if "scene" in spec else f"{spec},scene"
+    run = drpo.train(drpo.Config.preset("toy", **fixed, **settings))
+    minutes = (time.perf_counter() - began) / 60
+
+    scored = "scene"
+    if "scene" not in settings.get("reward", "scene"):  # scene_noise and the like are scored by scene itself
+        scored = f"{settings['reward']},scene"
     args = evaluation.parse([str(run), "--rewards", scored, "--device", job["device"], "--dtype", "fp32",
                              "--samples", str(job["samples"]), "--batch", "64"])
     columns = evaluation.evaluate(args)["columns"]
-    base, tuned, name = columns["base"], columns[Path(run).name], scored.split(",")[0]
+    base, tuned = columns["base"], columns[Path(run).name]
+    name = scored.split(",")[0]
+    kinds = {}
+    for kind, values in tuned["accuracy"]["scene"].items():
+        kinds[kind] = values["mean"][0]
     G = drpo.load_generator("toy", device=job["device"])
     G.load_lora(run)
-    kinds = tuned["accuracy"]["scene"]
-    result = {"minutes": minutes, "right": kinds["all"]["mean"][0], "distance": tuned["distance"],
-              "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
+    result = {"right": kinds["all"], "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
               "diversity_right": tuned["right_diversity"]["scene"]["relative"][0],
-              "diversity": tuned["diversity"]["relative"][0], "reward": tuned["rewards"][name]["mean"][0],
-              "reward_base": base["rewards"][name]["mean"][0], "open": open_figures(G),
-              "kinds": {kind: values["mean"][0] for kind, values in kinds.items()}}
+              "diversity": tuned["diversity"]["relative"][0], "distance": tuned["distance"],
+              "reward_base": base["rewards"][name]["mean"][0], "reward": tuned["rewards"][name]["mean"][0],
+              "minutes": minutes, "kinds": kinds, **open_figures(G)}
     (folder / "result.json").write_text(json.dumps({**job, **result}))
 
 
@@ -252,6 +259,16 @@ def start(folder, job, jobs):
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
+def finished(folder, job):
+    """The result of the same job from an earlier call, or None."""
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    same = all(result.get(name) == value for name, value in job.items())
+    return result if same else None
+
+
 def ablate(args):
     """Every variant of the tables with every seed, args.jobs at a time; what is done is not run again."""
     variants = {}
@@ -260,13 +277,15 @@ def ablate(args):
     waiting, running, done = [], {}, []
     for seed in args.seeds.split(","):
         for label, settings in variants.items():
-            settings = {**settings, **({"steps": args.steps} if args.steps else {})}
+            settings = dict(settings)
+            if args.steps:
+                settings["steps"] = args.steps
             job = {"label": label, "seed": int(seed), "settings": settings, "device": args.device,
                    "samples": args.samples}
-            job = json.loads(json.dumps(job))
+            job = json.loads(json.dumps(job))  # as it will be read again
             folder = args.out / f"{evaluation.file_name(label)}-seed{seed}"
-            known = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-            if {name: known.get(name) for name in job} == job:
+            known = finished(folder, job)
+            if known:
                 done.append(known)
             else:
                 waiting.append((folder, job))
@@ -278,12 +297,13 @@ def ablate(args):
             if process.poll() is None:
                 continue
             del running[folder]
+            name = f"{job['label']}, seed {job['seed']}"
             if process.returncode == 0:
                 done.append(json.loads((folder / "result.json").read_text()))
-                print(f"{job['label']}, seed {job['seed']}: right {done[-1]['right']:.1%}", flush=True)
+                print(f"{name}: right {done[-1]['right']:.1%}", flush=True)
             else:
                 last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-                print(f"{job['label']}, seed {job['seed']} failed: {''.join(last)}", file=sys.stderr)
+                print(f"{name} failed: {''.join(last)}", file=sys.stderr)
             rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
         time.sleep(0.2)
     rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
@@ -293,33 +313,37 @@ def ablate(args):
     print(f"\n{text}\nwritten: {args.out}/results.json, results.md")
 
 
+COLUMNS = (  # of results.md: title, key of result.json, format
+    ("right", "right", "{:.1%}"), ("diversity of right", "diversity_right", "{:.0%}"),
+    ("diversity", "diversity", "{:.0%}"), ("distance", "distance", "{:.2f}"),
+    ("reward of base", "reward_base", "{:.3g}"), ("reward", "reward", "{:.3g}"),
+    ("colours, bits", "color_entropy", "{:.2f}"), ("circles", "circle_flatness", "{:.2f}"),
+    ("minutes", "minutes", "{:.1f}"))
+
+
 def results_table(done, variants, base):
     """Results of variants and seeds -> a markdown table: the mean, and the range over seeds; base: its
     `open_figures`."""
-    lines = [["variant", "right", "diversity of right", "diversity", "distance", "reward", "colours, bits",
-              "circles", "minutes", "seeds"]]
-    for label in variants:
-        rows = [row for row in done if row["label"] == label]
-        if not rows:
-            continue
-
-        def cell(value, style):
-            values = [value(row) for row in rows if value(row) is not None]
-            if not values:
-                return ""
-            spread = f" ({style.format(min(values))} to {style.format(max(values))})" if len(values) > 1 else ""
-            return style.format(np.mean(values)) + spread
-
-        share = functools.partial(cell, style="{:.0%}")
-        opened = [cell(lambda row: row["open"][name], "{:.2f}") for name in ("color_entropy", "circle_flatness")]
-        lines.append([label, cell(lambda row: row["right"], "{:.1%}"), share(lambda row: row["diversity_right"]),
-                      share(lambda row: row["diversity"]), cell(lambda row: row["distance"], "{:.2f}"),
-                      f"{rows[0]['reward_base']:.3g} -> {cell(lambda row: row['reward'], '{:.3g}')}", *opened,
-                      cell(lambda row: row["minutes"], "{:.1f}"), str(len(rows))])
     if not done:
         return "no result yet\n"
+    titles = [title for title, _, _ in COLUMNS]
+    lines = [["variant", *titles, "seeds"]]
+    for label in variants:
+        rows = [row for row in done if row["label"] == label]
+        if rows:
+            cells = [cell(rows, key, style) for _, key, style in COLUMNS]
+            lines.append([label, *cells, str(len(rows))])
     return (f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
             f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n" + evaluation.aligned(lines))
+
+
+def cell(rows, key, style):
+    """Mean and range of a figure over seeds; those that have none are left out."""
+    values = [row[key] for row in rows if row[key] is not None]
+    if not values:
+        return ""
+    mean, least, most = (style.format(value) for value in (np.mean(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def show_open(runs, device):

@@ -4069,6 +4069,27 @@ class TestLabTheChecker:
         assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(ablate.TABLES["kernel"])
         assert "60.0% (50.0% to 70.0%)" in out and "base 40.0% right" in out
 
+    @pytest.mark.parametrize("reward,scored", (("scene_binary", "scene"), ("warm", "warm")))
+    def test_a_variant_is_trained_and_its_figures_are_the_reports(self, reward, scored, tmp_path, monkeypatch):
+        """A variant's reward is loaded by file; a reward that grades differently from the checker is scored by both."""
+        monkeypatch.setattr(ablate, "open_figures", lambda G: {"color_entropy": 2.0, "circle_flatness": 0.9})
+        settings = dict(steps=1, batch=2, candidates=4, anchors=2, radii=[0.5, 1.0], reward=ablate.MINE + reward)
+        job = dict(label="x", seed=3, settings=settings, device="cpu", samples=1)
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        ablate.run_variant(tmp_path)
+        result = json.loads((tmp_path / "result.json").read_text())
+        run, = tmp_path.glob("run-*")
+        config = json.loads((run / "config.json").read_text())
+        assert config["seed"] == 3 and config["radii"] == [0.5, 1.0] and config["kernel"] == "rbf"
+        columns = json.loads((run / "eval" / "report.json").read_text())["columns"]
+        tuned = columns[run.name]
+        name = scored if scored == "scene" else ablate.MINE + scored
+        assert set(tuned["rewards"]) == {"scene", name}
+        assert result["reward"] == tuned["rewards"][name]["mean"][0] != columns["base"]["rewards"][name]["mean"][0]
+        assert result["right"] == tuned["accuracy"]["scene"]["all"]["mean"][0] == result["kinds"]["all"]
+        assert result["right_base"] == columns["base"]["accuracy"]["scene"]["all"]["mean"][0] > 0.2
+        assert result["color_entropy"] == 2.0 and {k: result[k] for k in job} == job
+
     def test_open_attributes_are_counted(self, rendered):
         """Entropy of colours and flatness of circles, on pictures drawn for the purpose."""
         def picture(x, y, r, shape, color):

@@ -71,7 +71,7 @@ class Config:
     anchors: int = setting(8, "best and worst taken as anchors (m), at most half of K", 1)
     features: str = setting("vae", "phi: latent-mae, vae, unet, mae, dino, or several; name@path")
     field: str = setting("dipole", "dipole: the paper's equations; released: the authors' code")
-    kernel: str = setting("laplacian", "kernel k(z, a): laplacian, rbf, cosine")
+    kernel: str = setting("laplacian", "kernel k(z, a): laplacian, rbf (the toy's), cosine")
     radii: tuple = setting((0.2, 0.5, 1.0), "bandwidths tau / s, comma-separated")
     lambda_ref: float = setting(0.2, "weight of the drift toward the frozen base (lambda)", 0)
     eta: float = setting(1.0, "step of the target, z* = z + eta V", 0)

@@ -1789,6 +1789,7 @@ class Stop:
     """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once. signal: the
     one that came, or 0. Forked children of a reward, and whoever comes after, have the handlers of before."""
     active = None
+    forking = threading.local()
 
     def __enter__(self):
         self.signal = 0
@@ -1814,14 +1815,25 @@ class Stop:
         os.kill(os.getpid(), number)
 
     @staticmethod
+    def before_fork():
+        """A signal that reaches the child before it has the handlers of before waits until it has them."""
+        Stop.forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    @staticmethod
+    def in_parent():
+        """After a fork: what came meanwhile comes now."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, Stop.forking.mask)
+
+    @staticmethod
     def in_child():
         """At a fork, before any code runs: a child that waits in a lock could not run a handler of ours."""
         if Stop.active:
             Stop.active.__exit__()
+        signal.pthread_sigmask(signal.SIG_SETMASK, Stop.forking.mask)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Stop.in_child)
+    os.register_at_fork(before=Stop.before_fork, after_in_parent=Stop.in_parent, after_in_child=Stop.in_child)
 
 
 FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",

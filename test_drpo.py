@@ -1993,6 +1993,25 @@ class TestARun:
             run = _DpRun(_dp_argv(_dp_models, reward, f"own.py:{reward}", steps=2, batch=1), _dp_home)
             assert run.wait(90) == 0, run.err
 
+    def test_signal_at_the_moment_of_a_fork_is_not_lost(self):
+        """SIGTERM comes to a child after the fork and before it has the handlers of before: it ends the child; and the
+        parent's handlers and mask are as they were."""
+        code = (
+            "import os, signal, sys; import rewards; from rewards import Stop\n"
+            "plain = Stop.__exit__\n"
+            "def late(self, *a):\n"
+            "    if os.getpid() != parent: os.kill(os.getpid(), signal.SIGTERM); [0 for _ in range(10000)]\n"
+            "    plain(self, *a)\n"
+            "Stop.__exit__ = late; parent = os.getpid()\n"
+            "with Stop() as stop:\n"
+            "    child = os.fork()\n"
+            "    if child == 0: os._exit(7)\n"
+            "    status = os.waitpid(child, 0)[1]\n"
+            "    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) and signal.getsignal(signal.SIGTERM) == stop.handle\n"
+            "sys.exit(0 if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM else 1)\n")
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0 and "stopping" not in done.stderr, done.stderr
+
     @pytest.mark.slow
     def test_disk_full_on_a_tmpfs(self, _dp_models, _dp_home):
         """A file system of 1 MB that really fills up."""

@@ -344,8 +344,8 @@ def mae_encoder(w, x):
     """ResNet encoder of a masked autoencoder on latents (340 M parameters): weights w by
     their names in the authors' file, latents x (B, 4, h, w) -> last stage (B, C, h/8, w/8)."""
     def conv(name, h, stride=1):
-        kernel = w[f"{name}.weight"]
-        return F.conv2d(h, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        weight = w[f"{name}.weight"]
+        return F.conv2d(h, weight, stride=stride, padding=weight.shape[-1] // 2)
 
     def norm(name, h):
         return F.group_norm(h, 32, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -606,8 +606,8 @@ class Generator:
 
     def decode(self, latents):
         """Latents (B, 4, h, w) -> pictures (B, 3, H, W) in [0, 1], float32; at most 8 at once."""
-        z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        pictures = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in z.split(8)])
+        x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        pictures = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in x.split(8)])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     @contextlib.contextmanager

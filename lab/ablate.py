@@ -120,7 +120,7 @@ def colour_features(G, path=None):
 def drift_on_colours_target(z, z_ref, positive, negative, cfg):
     """The dipole's objective, but on `colours` the drift toward the base alone, with weight lambda;
     on every other map lambda is the default."""
-    if z.shape[1] != 6:
+    if z.shape[1] != 6:  # D of `colours`; no other map has so few
         return drpo.dipole_target(z, z_ref, positive, negative, drpo.replace(cfg, lambda_ref=drpo.Config.lambda_ref))
     return drpo.dipole_target(z, z_ref, positive[:0], negative[:0], cfg)
 
@@ -132,7 +132,7 @@ drpo.FEATURES.update({"latent": latent_features, "colours": colour_features})
 # ===== the tables: {label: settings that differ from the toy's}
 
 MINE = f"{HERE / 'ablate.py'}:"
-RELEASED = dict(field="released", kernel="laplacian", radii=(0.02, 0.05, 0.2))
+RELEASED = dict(field="released", kernel="laplacian", radii=drpo.AUTHORS["radii"])
 FIELD_TABLE = {}
 for reward in ("scene", MINE + "warm", "incompressibility"):
     for name, field in (("dipole", dict(kernel="laplacian")), ("released", RELEASED)):
@@ -270,11 +270,13 @@ def finished(folder, job):
 
 
 def ablate(args):
-    """Every variant of the tables with every seed, args.jobs at a time; what is done is not run again."""
+    """Every variant of the tables with every seed, args.jobs at a time; what is done is not run again.
+    Returns how many failed."""
     variants = {}
     for name in args.tables.split(","):
         variants |= rewards.pick("table", name, TABLES)
     waiting, running, done = [], {}, []
+    failed = 0
     for seed in args.seeds.split(","):
         for label, settings in variants.items():
             settings = dict(settings)
@@ -302,6 +304,7 @@ def ablate(args):
                 done.append(json.loads((folder / "result.json").read_text()))
                 print(f"{name}: right {done[-1]['right']:.1%}", flush=True)
             else:
+                failed += 1
                 last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
                 print(f"{name} failed: {''.join(last)}", file=sys.stderr)
             rewards.write_atomic(args.out / "results.json", json.dumps(done, indent=1).encode())
@@ -311,6 +314,7 @@ def ablate(args):
     text = results_table(done, variants, base)
     (args.out / "results.md").write_text(text)
     print(f"\n{text}\nwritten: {args.out}/results.json, results.md")
+    return failed
 
 
 COLUMNS = (  # of results.md: title, key of result.json, format
@@ -358,10 +362,10 @@ def show_open(runs, device):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="?", default="", help=f"comma-separated: {', '.join(TABLES)}")
-    parser.add_argument("--seeds", default="0", help="comma-separated [0]")
+    parser.add_argument("--seeds", default="0", help="comma-separated [%(default)s]")
     parser.add_argument("--steps", type=int, default=0, help="updates; default: the variant's")
-    parser.add_argument("--samples", type=int, default=8, help="pictures a caption [8]")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once [1]")
+    parser.add_argument("--samples", type=int, default=8, help="pictures a caption [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once [%(default)s]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="", help="default: runs/ablation-TABLES")
     parser.add_argument("--open", nargs="+", metavar="RUN", help="what the caption leaves open, of runs")
@@ -374,7 +378,7 @@ if __name__ == "__main__":
         elif arguments.open:
             show_open(arguments.open, arguments.device)
         else:
-            ablate(arguments)
+            sys.exit(1 if ablate(arguments) else 0)
     except rewards.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

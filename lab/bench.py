@@ -228,13 +228,14 @@ def update(args):
             config(args, model)  # writes the weights, which takes memory of its own
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info()
-            held = max(0, free - int(float(gib) * 2 ** 30)) if gib else 0
-            held = torch.empty(held, dtype=torch.uint8, device="cuda")
+            spare = max(0, free - int(float(gib) * 2 ** 30)) if gib else 0
+            held = torch.empty(spare, dtype=torch.uint8, device="cuda")
             small = micro not in ("", "auto") and int(micro) < 8
             cfg = config(args, model, micro_batch=micro or "auto", compile=option == "compile",
                          steps=3 if small else args.updates + 1)
             row = measured(args, cfg, random_pickscore(args.device))
-            return {**row, "GiB": row["GiB"] - len(held) / 2 ** 30}
+            row["GiB"] -= len(held) / 2 ** 30
+            return row
 
         cell(item, work)
 
@@ -275,7 +276,7 @@ def gradients(G, features, micro):
     (x * noise.flatten(0, 1).flip(0)).mean().backward()
     found["latents"], found["network"] = x.detach(), flat_gradient(parameters)
     for field in ("dipole", "released"):
-        radii = (0.2, 0.5, 1.0) if field == "dipole" else (0.02, 0.05, 0.2)
+        radii = drpo.Config.radii if field == "dipole" else drpo.AUTHORS["radii"]
         cfg = drpo.Config(field=field, anchors=4, radii=radii)
         drpo.drpo_gradient(G, phi, FixedScores(), batch, cfg, micro)
         found[field] = flat_gradient(parameters)
@@ -394,7 +395,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("update", "growth", "numbers", "cost", "make"))
     parser.add_argument("items", nargs="*")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/drpo-bench"), help="where the models are kept")
-    parser.add_argument("--updates", type=int, default=5, help="measured updates [5]")
+    parser.add_argument("--updates", type=int, default=5, help="measured updates [%(default)s]")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)

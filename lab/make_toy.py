@@ -373,11 +373,11 @@ def check(folder, count=8):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="toy", help="folder to save [toy]")
+    parser.add_argument("--out", default="toy", help="folder to save [%(default)s]")
     parser.add_argument("--check", default="", metavar="FOLDER", help="measure a saved toy instead")
-    parser.add_argument("--minutes", type=float, default=1.85, help="of training [1.85]")
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step [256]")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and noise [0]")
+    parser.add_argument("--minutes", type=float, default=1.85, help="of training [%(default)s]")
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and noise [%(default)s]")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     if arguments.check:

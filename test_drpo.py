@@ -4158,6 +4158,25 @@ class TestLabTheFigures:
         assert said, "README names base, least, most and mean"
         for text, value in zip(said.groups(), (base, min(seeds), max(seeds), sum(seeds) / len(seeds)), strict=True):
             assert agrees(text, value), (text, value)
+        diversity = re.search(r"^\| diversity of right, same prompts \|(.*)\|$", notebook, re.M)[1].split("|")
+        diversity = [float(value) for value in diversity[1:6]]
+        said = re.search(r"diversity of right pictures stays\s+at\s+(\d+)\s+to\s+(\d+)%", front)
+        for text, value in zip(said.groups(), (min(diversity), max(diversity)), strict=True):
+            assert agrees(text, value), (text, value)
+
+        def figures(text):
+            return re.findall(r"\d+(?:\.\d+)?", text)
+
+        said = re.search(r"With ([\d, and]+) GiB free\s+`auto`\s+took(.*?)pictures of SD-Turbo:(.*?) s\. ", front, re.S)
+        known = re.findall(r"^\| (\d+) GiB \| (\d+)[^|]*\| ([\d.]+) \|", notebook, re.M)
+        assert len(known) == 4
+        for row, of_notebook in zip(zip(*map(figures, said.groups()), strict=True), known, strict=True):
+            assert all(map(agrees, row, of_notebook)), (row, of_notebook)
+        climbed = []
+        for row in notebook[notebook.index("| scene (0.71)"):notebook.index("| warm (-5.2)")].splitlines():
+            climbed += [int(figure) for figure in figures(row.split("|")[4])]
+        said = re.search(r"to (\d+)\s+to\s+(\d+)%\s+right\s+from", front)
+        assert [int(text) for text in said.groups()] == [min(climbed), max(climbed)]
 
 
 # ===== cuda

@@ -762,8 +762,8 @@ class TestTheField:
         z, _, _, _ = _dp_sets(9)
         a = z[2:3].clone()
         nothing = z[:0]
-        toward = drpo.dipole_field(z, a, nothing, radii=(0.5,))
-        away = drpo.dipole_field(z, nothing, a, radii=(0.5,))
+        toward = drpo.dipole_field(z, a, nothing, radii=(0.5,), kernel="laplacian")
+        away = drpo.dipole_field(z, nothing, a, radii=(0.5,), kernel="laplacian")
         others = [i for i in range(9) if i != 2]
         assert torch.cosine_similarity(toward[others], (a - z)[others]).min() > 0.99999
         assert torch.cosine_similarity(away[others], (z - a)[others]).min() > 0.99999
@@ -778,23 +778,23 @@ class TestTheField:
             assert drpo.reference_drift(z, z, **kw).isfinite().all()
             assert drpo.released_field(z, z[:1], z[1:2], **kw)[0].isfinite().all()
         lone, target = torch.zeros(1, 3), torch.tensor([[3.0, 4.0, 0.0]])
-        _dp_close(drpo.reference_drift(lone, target, radii=(0.5,)), np.array([[0.6, 0.8, 0]]) * math.sqrt(3))
+        _dp_close(drpo.reference_drift(lone, target, radii=(0.5,), kernel="laplacian"), np.array([[0.6, 0.8, 0]]) * math.sqrt(3))
 
     def test_no_anchors_no_force(self):
         z = _dp_sets(4)[0]
-        V, rms = drpo.dipole_field(z, z[:0], z[:0], radii=(0.2, 1.0), return_rms=True)
+        V, rms = drpo.dipole_field(z, z[:0], z[:0], radii=(0.2, 1.0), kernel="laplacian", return_rms=True)
         assert V.shape == z.shape and V.abs().max() == 0 and rms.tolist() == [0, 0]
-        assert drpo.released_field(z, z[:0], z[:0], radii=(0.2,))[0].abs().max() == 0
+        assert drpo.released_field(z, z[:0], z[:0], radii=(0.2,), kernel="laplacian")[0].abs().max() == 0
 
     @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))
     def test_any_dtype_comes_in_float32_goes_out(self, dtype):
         z, reference, positive, negative = (t.to(dtype) for t in _dp_sets(13))
         want = _dp_dipole(*_dp_64(z, positive, negative), (0.5,), "laplacian")[0]
-        got = drpo.dipole_field(z, positive.double(), negative, radii=(0.5,))
+        got = drpo.dipole_field(z, positive.double(), negative, radii=(0.5,), kernel="laplacian")
         assert got.dtype == torch.float32
         _dp_close(got, want)
-        for field in (drpo.reference_drift(z.to(dtype), reference, radii=(0.5,)),
-                      drpo.released_field(z.to(dtype), positive, negative.double(), radii=(0.5,))[0]):
+        for field in (drpo.reference_drift(z.to(dtype), reference, radii=(0.5,), kernel="laplacian"),
+                      drpo.released_field(z.to(dtype), positive, negative.double(), radii=(0.5,), kernel="laplacian")[0]):
             assert field.dtype == torch.float32 and field.isfinite().all()
 
     def test_unknown_kernel_is_refused_where_it_is_computed(self):
@@ -877,8 +877,9 @@ class TestTheField:
             "cfg = types.SimpleNamespace(radii=(.2, .5), kernel='laplacian', eta=1., lambda_ref=.2)\n"
             "positive, negative = field.rank(torch.arange(6.), 2)\n"
             "p, n = z[positive], z[negative]\n"
-            "out = [field.dipole_field(z, p, n, radii=(.2,)), field.reference_drift(z, r, radii=(.2,)),\n"
-            "       field.released_field(z, p, n, radii=(.2,))[0], field.dipole_energy(z, p, n, radius=.2),\n"
+            "kw = dict(radii=(.2,), kernel='laplacian')\n"
+            "out = [field.dipole_field(z, p, n, **kw), field.reference_drift(z, r, **kw),\n"
+            "       field.released_field(z, p, n, **kw)[0], field.dipole_energy(z, p, n, radius=.2, kernel='laplacian'),\n"
             "       field.regression_loss(z, field.dipole_target(z, r, p, n, cfg)[0])]\n"
             "assert not {'diffusers', 'transformers', 'drpo', 'PIL'} & set(sys.modules), 'torch only'\n"
             "torch.save(out, 'out.pt')\n")
@@ -889,8 +890,9 @@ class TestTheField:
         torch.manual_seed(0)
         z = torch.randn(6, 4)
         p, n = z[4:], z[:2]
-        want = [drpo.dipole_field(z, p, n, radii=(0.2,)), drpo.reference_drift(z, z + 0.1, radii=(0.2,)),
-                drpo.released_field(z, p, n, radii=(0.2,))[0], drpo.dipole_energy(z, p, n, radius=0.2)]
+        kw = dict(radii=(0.2,), kernel="laplacian")
+        want = [drpo.dipole_field(z, p, n, **kw), drpo.reference_drift(z, z + 0.1, **kw),
+                drpo.released_field(z, p, n, **kw)[0], drpo.dipole_energy(z, p, n, radius=0.2, kernel="laplacian")]
         for got, w in zip(out, want):
             torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-6)
 

@@ -5,8 +5,8 @@
     python lab/ablate.py --open runs/toy-0 runs/toy-1          what the caption leaves open
 
 Trains every variant of a table with every seed and evaluates it on the held-out captions. Results
-grow in OUT/results.json and OUT/results.md as they arrive; the same command again goes on. A cell is
-the mean over seeds, and the range of the seeds. New fields and features are registered in the tables
+grow in OUT/results.json as they arrive, the table is OUT/results.md; the same command again goes on.
+A cell is the mean over seeds, and the range of the seeds. New fields and features are registered in the tables
 of drpo.py, new rewards are named by file, as anybody would do it.
 """
 import argparse

@@ -351,18 +351,18 @@ def mae_encoder(w, x):
         return F.group_norm(h, 32, w[f"{name}.weight"], w[f"{name}.bias"])
 
     h = F.relu(norm("gn1", conv("conv1", x)))
-    for stage in (1, 2, 3, 4):
+    for stage in range(4):  # the file counts its stages from 0, its norms from 1
         for block in range(99):
             name = f"stages_{stage}.layers_{block}"
             if f"{name}.conv1.weight" not in w:
                 break
-            stride = 2 if stage > 1 and block == 0 else 1
+            stride = 2 if stage > 0 and block == 0 else 1
             y = F.relu(norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)))
             y = norm(f"{name}.gn2", conv(f"{name}.conv2", y))
             if f"{name}.proj_conv.weight" in w:
                 h = norm(f"{name}.proj_gn", conv(f"{name}.proj_conv", h, stride))
             h = F.relu(h + y)
-        h = norm(f"layer{stage}_norm", h)
+        h = norm(f"layer{stage + 1}_norm", h)
     return h
 
 

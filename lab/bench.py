@@ -136,22 +136,22 @@ def make_mae(file, device):
 
     def conv(name, side, c_in, c):
         size = side * side * c_in
-        w[f"encoder.{name}.weight"] = (torch.randn(c, c_in, side, side, device=device) * (2 / size) ** 0.5).half().cpu()
+        w[f"encoder.{name}.kernel"] = (torch.randn(side, side, c_in, c, device=device) * (2 / size) ** 0.5).half().cpu()
 
     def norm(name, c):
-        w[f"encoder.{name}.weight"], w[f"encoder.{name}.bias"] = torch.ones(c).half(), torch.zeros(c).half()
+        w[f"encoder.{name}.scale"], w[f"encoder.{name}.bias"] = torch.ones(c).half(), torch.zeros(c).half()
 
     c_in = 256
     conv("conv1", 3, 4, c_in), norm("gn1", c_in)
-    for stage, (c, blocks) in enumerate(zip((256, 512, 1024, 2048), (3, 4, 6, 3)), 1):
+    for stage, (c, blocks) in enumerate(zip((256, 512, 1024, 2048), (3, 4, 6, 3))):
         for block in range(blocks):
             name = f"stages_{stage}.layers_{block}"
             conv(f"{name}.conv1", 3, c_in, c), norm(f"{name}.gn1", c)
             conv(f"{name}.conv2", 3, c, c), norm(f"{name}.gn2", c)
-            if block == 0 and stage > 1:
+            if block == 0 and stage > 0:
                 conv(f"{name}.proj_conv", 1, c_in, c), norm(f"{name}.proj_gn", c)
             c_in = c
-        norm(f"layer{stage}_norm", c)
+        norm(f"layer{stage + 1}_norm", c)
     torch.save(w, file)
     return file
 

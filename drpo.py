@@ -9,36 +9,50 @@ prompt K candidates are sampled, and a reward S RANKS them: neither its gradient
 used. With frozen features phi and the frozen base G_ref,
 
     z_i = phi(G_theta(e_i, c)),  r_i = phi(G_ref(e_i, c)),  i = 1..K, the SAME noise e_i
-    A+, A- = features of the m candidates that S likes best, worst
+    A+, A- = features of the m candidates that S likes best, worst          `best_and_worst`
 
-    E(z)     = sum_j [ k(z, a_j+) - k(z, a_j-) ]      dipole reward, kernel k     `dipole_energy`
-    V_pref   = grad_z E(z)                            preference field            `dipole_field`
-    V_ref    = mu_R(z) - mu_Z(z)                      drift toward the base       `reference_drift`
-    z*       = sg[ z + eta (V_pref + lambda V_ref) ]  detached target             `dipole_target`
-    L(theta) = 1/(2K) sum_i || z_i - z_i* ||^2        regression                  `regression_loss`
+    E(z)   = sum_j [ k(z, a_j+) - k(z, a_j-) ]        dipole reward, kernel k `dipole_energy`
+    V_pref = grad_z E(z)                              preference field        `dipole_field`
+    V_ref  = mu_R(z) - mu_Z(z)                        drift toward the base   `reference_drift`
+    z*     = sg[ z + eta u (V_pref + lambda V_ref) ]  detached target         `dipole_target`
+    L      = 1/(2 N D) sum_i || (z_i - z_i*) / u ||^2   regression            `regression_loss`
 
-mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean of a set B as seen from z; sg: no gradient.
+mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean of a set B as seen from z; sg: no gradient. The
+unit u = s / sqrt(D), which the paper leaves out, lets maps of any scale weigh alike; with several
+bandwidths each one's V is scaled to a root mean square of 1, and they are summed.
+
+--field chooses between two fields. `dipole`, the lines above, is the default and the toy's.
+`released` (`released_field`) is the arithmetic of the authors' code, by which their figures were
+obtained: the presets sd-turbo and sdxl-turbo run it, with the authors' settings.
 
 Symbols: P prompts of an update, K candidates of a prompt, m anchors of each sign; z, r features of
 the candidates, of the base's; a anchors; T vectors a picture (a map may have one a patch), N = K T
 of a prompt, M of its anchors, D features; k kernel, d distance, s mean distance (the unit of
-length), tau = radius s bandwidth; V field, u = s / sqrt(D) its unit, eta step of the target, lambda
-weight of the drift; e noise, x latents, t timestep, abar the noise schedule.
+length), tau = radius s bandwidth; V field, eta step of the target, lambda weight of the drift;
+e noise, x latents, t timestep, abar the noise schedule.
 
-1 the field (needs torch alone), 2 features, 3 the generator, 4 one update, 5 a run.
+1 the field (needs torch alone), 2 features, 3 the generator, 4 one update, 5 a run, 6 files of
+models, 7 speed. Who stops after 4 knows the algorithm.
 """
 import argparse
 import contextlib
+import dataclasses
+import functools
+import itertools
 import json
+import logging
 import math
 import os
+import random
+import re
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -47,13 +61,18 @@ import torch.nn.functional as F
 import rewards
 from rewards import UserError, one_line, pick
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two runs out of one folder
+    fcntl = None
 
-def setting(default, help, least=None, choices=None):
-    """One setting: its default, its line in --help, and the least or the only values it takes."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+def setting(default, help, least=None):
+    """One setting: its default, its line in --help, and the least value it takes."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every setting, with its default and unit. The command line is made from this class."""
     model: str = setting("toy", "toy, sd-turbo, sdxl-turbo, a diffusers folder, or a hub id")
@@ -63,7 +82,7 @@ class Config:
     reward: str = setting("scene", "a name of `rewards.py list`, a=1,b=.5, file.py:function, a URL")
     watch: str = setting("", "rewards that are logged, never ranked on: they show reward hacking")
     watch_every: int = setting(10, "steps between two scorings by the watched rewards", 1)
-    prompts: str = setting("scenes", "a file (lines, JSON, CSV); scenes, animals, pickapic")
+    prompts: str = setting("scenes", "a file (lines, JSON, CSV), or a name of `rewards.py list`")
     pairs: str = setting("", "in place of --reward: a .jsonl with prompt, chosen, rejected")
     steps: int = setting(140, "updates", 1)
     batch: int = setting(8, "prompts an update on each GPU (P)", 1)
@@ -74,27 +93,30 @@ class Config:
     kernel: str = setting("laplacian", "kernel k(z, a): laplacian, rbf (the toy's), cosine")
     radii: tuple = setting((0.2, 0.5, 1.0), "bandwidths tau / s, comma-separated")
     lambda_ref: float = setting(0.2, "weight of the drift toward the frozen base (lambda)", 0)
-    eta: float = setting(1.0, "step of the target, z* = z + eta V", 0)
+    eta: float = setting(1.0, "step of the target, z* = z + eta u V", 0)
     lr: float = setting(2e-3, "learning rate of AdamW, constant", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
     lora_alpha: float = setting(16.0, "alpha of the LoRA: W + alpha / rank up down", 0)
-    micro_batch: str = setting("auto", "pictures at once; auto: as many as the memory allows")
-    dtype: str = setting("auto", "auto = bf16 on CUDA", None, ("auto", "bf16", "fp16", "fp32"))
+    micro_batch: int = setting(0, "pictures at once; 0: as many as the memory allows", 0)
+    dtype: str = setting("auto", "bf16, fp16, fp32; auto = bf16 on CUDA, else fp32")
     device: str = setting("auto", "cuda, cuda:1, cpu, mps; auto = cuda where there is one")
     compile: bool = setting(False, "torch.compile the networks: faster, minutes to start")
     seed: int = setting(0, "of noise, order of prompts and LoRA", 0)
-    out: str = setting("", "folder of the run; default runs/MODEL-REWARD-DATE")
+    out: str = setting("", "folder of the run, new or empty; default runs/MODEL-REWARD-DATE")
     resume: str = setting("", "folder of a run to go on with; settings given replace its own")
     save_every: int = setting(50, "steps between two checkpoints", 1)
     preview_every: int = setting(50, "steps between two preview grids; 0 = none", 0)
     log_every: int = setting(10, "steps between two lines of figures", 1)
 
     @classmethod
-    def preset(cls, name, **changes):
-        """The recipe of a model with changes, `Config.preset("sd-turbo", lr=5e-5)`."""
-        return cls(**{"model": name, **PRESETS[name], **changes})
+    def preset(cls, model, **changes):
+        """The recipe that fits a model, with changes: Config.preset("sd-turbo", lr=5e-5).
+
+        model: toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id. UserError: no such."""
+        recipe = PRESETS[preset_of(model)]
+        return cls(**{"model": str(model), **recipe, **changes})
 
 
 # The authors' recipes on one GPU; theirs ran on 4 and on 4 to 8. Source: arXiv 2606.02521 and the
@@ -107,9 +129,14 @@ PRESETS = {
                        lambda_ref=0.25)}
 MODELS = {"toy": str(Path(__file__).resolve().parent / "lab" / "toy"),
           "sd-turbo": "stabilityai/sd-turbo", "sdxl-turbo": "stabilityai/sdxl-turbo"}
-# without inductor's layout pass, which on a CPU lost 38% of a tiny UNet's gradient (torch 2.13)
-COMPILE = dict(dynamic=False, options={"layout_optimization": False})
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def preset_of(model):
+    """The preset that fits a model: its own name, or sd-turbo / sdxl-turbo by its pipeline."""
+    if model in PRESETS:
+        return model
+    return "sdxl-turbo" if is_xl(model_index(model)) else "sd-turbo"
 
 
 # ===== 1. The field: pure mathematics in float32. This section, cut out, runs with torch alone.
@@ -151,22 +178,25 @@ def unit_rms(V):
 
 
 def dipole_energy(z, positive, negative, *, radius, kernel):
-    """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)], the paper's dipole reward.
+    """E(z) = sum_j [k(z, a_j+) - k(z, a_j-)], the paper's dipole reward, at one bandwidth.
 
     z (N, D); positive, negative (M+, D), (M-, D); radius = tau / s -> (N,)."""
-    z, a = z.float(), torch.cat([positive, negative]).float()  # (N, D), (M, D), M = M+ + M-
+    z = z.float()
+    a = torch.cat([positive, negative]).float()  # (M, D), M = M+ + M-
     d = distances(z, a)  # (N, M)
     k = log_kernel(z, a, d, radius, mean_distance(d), kernel).exp()  # (N, M)
     return k[:, :len(positive)].sum(1) - k[:, len(positive):].sum(1)
 
 
 @torch.enable_grad()
-def dipole_field(z, positive, negative, *, radii, kernel, return_rms=False):
+def dipole_field(z, positive, negative, *, radii, kernel):
     """V_pref(z) = grad_z E(z): toward the best and away from the worst, most strongly near them.
 
-    z (N, D); positive, negative (M, D), any dtype -> (N, D), float32: the gradient for each radius
-    scaled to unit RMS, and summed. return_rms: also the RMS before that, (R,), which the loss
-    cannot show. An anchor at distance 0, the sample itself, exerts no force."""
+    z (N, D); positive, negative (M, D), any dtype -> V (N, D), float32: the gradient for each
+    radius scaled to unit RMS, and summed; and the RMS before that, (R,), which the loss cannot
+    show. E is `dipole_energy` but for its scale: the largest kernel value is divided out before
+    exp, which underflows at small radii, and unit RMS undoes that. An anchor at distance 0, the
+    sample itself, exerts no force."""
     z = z.detach().float().requires_grad_()
     a = torch.cat([positive, negative]).float()  # (M, D), M = M+ + M-
     sign = torch.ones(len(a), device=z.device)  # (M,)
@@ -174,49 +204,50 @@ def dipole_field(z, positive, negative, *, radii, kernel, return_rms=False):
     d = distances(z, a)  # (N, M)
     s = mean_distance(d)
     total = torch.zeros_like(z)
-    sizes = z.new_zeros(len(radii))
+    rms = z.new_zeros(len(radii))
+    if len(a) == 0:
+        return total, rms
     for n, radius in enumerate(radii):
-        if len(a) == 0:
-            break
         log_k = log_kernel(z, a, d, radius, s, kernel).masked_fill(d == 0, -torch.inf)  # (N, M)
-        largest = log_k.max().clamp(min=-1e30).detach()  # taken out of E: small radii underflow
+        largest = log_k.max().clamp(min=-1e30).detach()
         E = (sign * (log_k - largest).exp()).sum()  # sum_i E(z_i) / exp(largest)
         V, = torch.autograd.grad(E, z, retain_graph=True)  # (N, D)
-        V, rms = unit_rms(V)
+        V, size = unit_rms(V)
         total += V
-        sizes[n] = rms * largest.exp()
-    return (total, sizes) if return_rms else total
+        rms[n] = size * largest.exp()
+    return total, rms
 
 
 @torch.no_grad()
-def reference_drift(z, reference, *, radii, kernel, return_rms=False):
+def reference_drift(z, reference, *, radii, kernel):
     """V_ref(z) = mu_R(z) - mu_Z(z), the mean-shift estimate of grad log p_ref - grad log p_theta.
 
-    z (N, D), reference (M, D) -> (N, D), as in `dipole_field` unit RMS for each radius, summed.
-    In mu_Z a sample never counts itself."""
+    z (N, D), reference (M, D) -> V (N, D) and RMS (R,), as of `dipole_field`. In mu_Z a sample
+    never counts itself."""
     z, r = z.float(), reference.float()
     d_z, d_r = distances(z, z), distances(z, r)  # (N, N), (N, M)
     s = mean_distance(torch.cat([d_z, d_r], 1))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     origin = z.mean(0)  # V does not depend on it, its rounding error does
     total = torch.zeros_like(z)
-    sizes = z.new_zeros(len(radii))
+    rms = z.new_zeros(len(radii))
     for n, radius in enumerate(radii):
         w_r = log_kernel(z, r, d_r, radius, s, kernel).softmax(1)  # (N, M), rows sum to 1
         w_z = log_kernel(z, z, d_z, radius, s, kernel).masked_fill(itself, -torch.inf).softmax(1)
         w_z = w_z.nan_to_num(0)  # a lone sample has no others to be repelled by
-        V, sizes[n] = unit_rms(w_r @ (r - origin) - w_z @ (z - origin))  # mu_R - mu_Z: (N, D)
+        V, rms[n] = unit_rms(w_r @ (r - origin) - w_z @ (z - origin))  # mu_R - mu_Z: (N, D)
         total += V
-    return (total, sizes) if return_rms else total
+    return total, rms
 
 
 @torch.no_grad()
 def released_field(z, positive, negative, *, radii, kernel, negative_is_self=False):
     """The force of the authors' released code, by which the published figures were obtained.
 
-    z (N, D); positive, negative (M, D). Preference: anchors are the best and the worst. Reference:
-    positives are the base's, negatives are z itself (negative_is_self). Returns the force (N, D) in
-    units of s / sqrt(D), and s. The constants are theirs."""
+    z (N, D); positive, negative (M, D) -> force (N, D) in units of s / sqrt(D), and s. Preference:
+    anchors are the best and the worst. Reference: positives are the base's features, negatives are
+    z again (negative_is_self). Besides, the other vectors of z always repel, with weight 1 against
+    an anchor's 3000. All constants are theirs."""
     z = z.float()
     y = torch.cat([z, negative.float(), positive.float()])  # (Y, D), Y = N + M- + M+
     N, D = z.shape
@@ -242,7 +273,7 @@ def released_field(z, positive, negative, *, radii, kernel, negative_is_self=Fal
     return total, s
 
 
-def rank(scores, m):
+def best_and_worst(scores, m):
     """The best m and the worst m of K candidates: scores (K,) -> two boolean masks (K,).
 
     Only the order matters. NaN = no opinion: never an anchor. A candidate is never positive while
@@ -259,53 +290,48 @@ def rank(scores, m):
         return positive, negative
     positive[known[opinions.argsort(descending=True, stable=True)[:m]]] = True
     negative[known[opinions.argsort(stable=True)[:m]]] = True
-    lowest_positive = scores[positive].min()
-    highest_negative = scores[negative].max()
-    if lowest_positive == highest_negative:
-        tied = scores == lowest_positive
-        if lowest_positive < opinions.max():
-            positive &= ~tied
-        if highest_negative > opinions.min():
-            negative &= ~tied
+    tie = scores[positive].min()
+    if tie == scores[negative].max():
+        positive &= (scores > tie) | (tie == opinions.max())
+        negative &= (scores < tie) | (tie == opinions.min())
     return positive, negative
 
 
-def dipole_target(z, z_ref, positive, negative, cfg):
-    """z* = z + eta u (V_pref + lambda V_ref), and L = 1/(2 N D) sum ||(z - z*) / u||^2.
+def dipole_target(z, z_ref, positive, negative, *, eta, lambda_ref, **kernel_and_radii):
+    """z* = z + eta u (V_pref + lambda V_ref), for L = 1/(2 N D) sum ||(z - z*) / u||^2.
 
-    z, z_ref (N, D); positive, negative (M, D). Returns a list of terms (z* (N, D), weight), where
-    the loss is the sum of weight ||z - z*||^2, and {"rms_pref", "rms_ref"}: (R,). In the unit
-    u = s / sqrt(D) feature maps of any scale and size weigh alike."""
+    z, z_ref (N, D); positive, negative (M, D); kernel, radii as of `dipole_field`. Returns z*
+    (N, D), the weight w of L = w ||z - z*||^2, and {"rms_pref", "rms_ref"}: (R,)."""
     N, D = z.shape
-    kw = dict(radii=cfg.radii, kernel=cfg.kernel, return_rms=True)
-    V_pref, rms_pref = dipole_field(z, positive, negative, **kw)  # (N, D)
-    V_ref, rms_ref = reference_drift(z, z_ref, **kw)  # (N, D)
+    V_pref, rms_pref = dipole_field(z, positive, negative, **kernel_and_radii)  # (N, D)
+    V_ref, rms_ref = reference_drift(z, z_ref, **kernel_and_radii)  # (N, D)
     u = mean_distance(distances(z, z)) / D ** 0.5
-    z_star = z + cfg.eta * u * (V_pref + cfg.lambda_ref * V_ref)
-    return [(z_star, 0.5 / (N * D * u ** 2))], {"rms_pref": rms_pref, "rms_ref": rms_ref}
+    z_star = z + eta * u * (V_pref + lambda_ref * V_ref)
+    return z_star, 0.5 / (N * D * u ** 2), {"rms_pref": rms_pref, "rms_ref": rms_ref}
 
 
-def released_target(z, z_ref, positive, negative, cfg):
-    """The authors' two terms, each L = 1/(N D) sum ||(z - z*) / u||^2 in the unit of its own force.
+def released_target(z, z_ref, positive, negative, *, eta, lambda_ref, **kernel_and_radii):
+    """The authors' two losses 1/(N D) sum ||(z - z_n*) / u_n||^2, each in the unit of its own
+    force, the second with weight lambda. Arguments and results as of `dipole_target`.
 
-    Arguments and results as in `dipole_target`; the second term has weight lambda."""
+    Two quadratics are one of the same gradient: w = w_1 + w_2, z* = (w_1 z_1* + w_2 z_2*) / w."""
     N, D = z.shape
-    kw = dict(radii=cfg.radii, kernel=cfg.kernel)
-    preference = released_field(z, positive, negative, **kw)
-    reference = released_field(z, z_ref, z, negative_is_self=True, **kw)
-    terms = []
-    for weight, (force, s) in ((1.0, preference), (cfg.lambda_ref, reference)):
-        u = s / D ** 0.5
-        terms.append((z + cfg.eta * u * force, weight / (N * D * u ** 2)))
-    return terms, {}
+    force, s = released_field(z, positive, negative, **kernel_and_radii)  # (N, D)
+    drift, s_ref = released_field(z, z_ref, z, negative_is_self=True, **kernel_and_radii)
+    u = s / D ** 0.5
+    u_ref = s_ref / D ** 0.5
+    w_pref = 1 / (N * D * u ** 2)
+    w_ref = lambda_ref / (N * D * u_ref ** 2)
+    step = eta * (w_pref * u * force + w_ref * u_ref * drift) / (w_pref + w_ref)  # (N, D)
+    return z + step, w_pref + w_ref, {}
 
 
 FIELDS = {"dipole": dipole_target, "released": released_target}  # a new one: add it here
 
 
-def regression_loss(z, terms):
-    """sum over the terms of weight ||z - sg(z*)||^2: z (N, D) -> scalar."""
-    return sum(weight * (z - z_star.detach()).square().sum() for z_star, weight in terms)
+def regression_loss(z, z_star, weight):
+    """weight ||z - sg(z*)||^2: z, z* (N, D) -> scalar."""
+    return weight * (z - z_star.detach()).square().sum()
 
 
 # ===== 2. Features phi: frozen networks in which a direction means something. Each takes latents
@@ -352,7 +378,7 @@ def mae_encoder(w, x):
 
     h = F.relu(norm("gn1", conv("conv1", x)))
     for stage in range(4):  # the file counts its stages from 0, its norms from 1
-        for block in range(99):
+        for block in itertools.count():
             name = f"stages_{stage}.layers_{block}"
             if f"{name}.conv1.weight" not in w:
                 break
@@ -370,15 +396,13 @@ def latent_mae(G, path=None):
     """`latent-mae`: mean and std of the encoder's last stage over all, over 2 x 2 and over 4 x 4
     patches: six maps, the authors' choice for SD-Turbo.
 
-    fp16 also where the rest is bf16: after 16 blocks of ReLU the gradient of bf16 has a cosine of
-    0.945 to that of float32, of fp16 0.993 (random weights)."""
-    dtype = torch.float32 if G.dtype == torch.float32 else torch.float16
-    w = rewards.read_latent_mae(path, mae_encoder)
-    w = {name: weight.to(G.device, dtype) for name, weight in w.items()}
-    encode = torch.compile(mae_encoder, **COMPILE) if G.compile else mae_encoder
+    In float32 (TF32 on a GPU): after 16 blocks of ReLU the gradient of bf16 has a cosine of 0.935
+    to that of float32, TF32 of 0.996 (random weights)."""
+    w = {name: weight.to(G.device) for name, weight in read_latent_mae(path).items()}
 
     def phi(x, condition):
-        h = scaled_backward(lambda x: encode(w, x.to(dtype)), x)  # (B, C, h/8, w/8)
+        encode = compiled(mae_encoder) if G.compiled else mae_encoder
+        h = encode(w, x.float())  # (B, C, h/8, w/8)
         maps = [*mean_std(h)]
         for patch in (2, 4):
             if h.shape[-1] > patch:
@@ -388,27 +412,18 @@ def latent_mae(G, path=None):
     return phi
 
 
-def scaled_backward(net, x):
-    """net(x) in float32; on the way back the largest entry is 1: fp16 loses small ones."""
-    x = x.float().view_as(x)  # a view: the hook sees this path alone
-    h = net(x).float()
-    scale = []
-
-    def to_one(gradient):
-        scale.append(gradient.abs().amax().clamp(min=1e-30))
-        return gradient / scale[0]
-
-    if h.requires_grad:
-        h.register_hook(to_one)
-        x.register_hook(lambda gradient: gradient * scale.pop())
-    return h
+class Reached(Exception):
+    """The last layer that is wanted has run."""
 
 
 def unet_features(G, path=None):
     """`unet`: the frozen base UNet at t = 100 on latents with noise 0.1, given the prompt, the
     authors' choice for SDXL-Turbo: down_blocks[2], mid_block and up_blocks[0], 4 x 4 average-pooled
     and flattened: three maps. Their noise is drawn anew each time; here phi is a function."""
+    if G.unet.mid_block is None:
+        raise UserError("--features unet: this UNet has no mid_block; take vae or latent-mae")
     noise = prompt_noise(0, 0, G.noise_shape).to(G.device)
+    t = torch.tensor(100, device=G.device)
     down = G.unet.down_blocks
     blocks = (down[min(2, len(down) - 1)], G.unet.mid_block, G.unet.up_blocks[0])
 
@@ -418,13 +433,18 @@ def unet_features(G, path=None):
         def keep(module, args, out):
             hidden.append(out[0] if isinstance(out, tuple) else out)
             if len(hidden) == len(blocks):
-                raise StopIteration  # no later layer is needed
+                raise Reached
 
-        with contextlib.ExitStack() as hooks, G.reference(), contextlib.suppress(StopIteration):
-            for block in blocks:
-                hooks.callback(block.register_forward_hook(keep).remove)
-            t = torch.tensor(100, device=x.device)
-            G.predict(x + 0.1 * noise, t, condition, G.unet.forward)  # the method: never compiled
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        noisy = (x + 0.1 * noise).to(G.dtype)
+        try:
+            with G.reference():  # forward, the method, is never compiled: the hooks are seen
+                G.unet.forward(noisy, t, **G.network_arguments(condition))
+        except Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
         return [F.avg_pool2d(h.float(), min(4, h.shape[-1])).flatten(1)[:, None] for h in hidden]
 
     return phi
@@ -433,7 +453,7 @@ def unet_features(G, path=None):
 def vit_features(repo, class_name, G, path=None):
     """`mae`, `dino`: a vision transformer on the decoded picture, 224 x 224: of hidden_states[12]
     the mean and the std over the patches, and the class token: three maps."""
-    net = rewards.load_transformer(class_name, path or repo).to(G.device, G.dtype)
+    net = rewards.hub_model(class_name, path or repo).to(G.device, G.dtype)
     net.config.mask_ratio = 0.0
     patches = (224 // net.config.patch_size) ** 2
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)
@@ -453,8 +473,8 @@ def vit_features(repo, class_name, G, path=None):
 
 FEATURES = {  # name: factory(G, path or None) -> phi. A new one: add it here
     "latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
-    "mae": partial(vit_features, "facebook/vit-mae-base", "ViTMAEModel"),  # CC-BY-NC-4.0
-    "dino": partial(vit_features, "facebook/dinov2-base", "Dinov2Model")}  # Apache-2.0
+    "mae": functools.partial(vit_features, "facebook/vit-mae-base", "ViTMAEModel"),  # CC-BY-NC-4.0
+    "dino": functools.partial(vit_features, "facebook/dinov2-base", "Dinov2Model")}  # Apache-2.0
 
 
 def load_features(spec, G):
@@ -499,6 +519,1121 @@ class LoRA(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
+class Generator:
+    """A one-step generator in diffusers' SD or SDXL layout, frozen but for its LoRA.
+
+        x = (k e - sqrt(1 - abar_t) eps_theta(k e, t, c)) / sqrt(abar_t)
+
+    with k = `noise_scale` = 1, but for Euler schedulers, which begin at sigma instead of
+    sqrt(sigma^2 + 1). encode(prompts) -> condition, sample(noise, condition) -> latents,
+    decode(latents) -> pictures, reference(): context of the frozen base; add_lora, save_lora,
+    load_lora."""
+
+    def __init__(self, pipe, *, device="cpu", dtype=torch.float32, timestep=Config.timestep,
+                 prediction=Config.prediction):
+        self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
+        self.xl = hasattr(pipe, "text_encoder_2")
+        self.device, self.dtype = torch.device(device), dtype
+        self.name = ""
+        self.lora = {}
+        self.switch = {"on": True}  # one for all layers of the LoRA
+        self.compiled = False
+        self.decode_at_once = 8
+        for net in pipe.components.values():
+            if isinstance(net, nn.Module):
+                net.to(self.device, dtype).eval().requires_grad_(False)
+        # 1 / sqrt(abar) = 14.6 multiplies the rounding of the last layers: they stay in float32
+        self.unet.conv_norm_out.float().register_forward_pre_hook(lambda module, x: (x[0].float(),))
+        self.unet.conv_out.float()
+        half = dtype == torch.float16
+        if half and self.xl and self.vae.config.force_upcast:
+            print("the SDXL VAE overflows in fp16: it runs in float32", file=sys.stderr)
+            self.vae.float()
+        if self.device.type == "cuda":
+            channels_last(self.vae.decoder)
+        self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 14, enabled=half)
+        self.schedule(pipe.scheduler, timestep, prediction)
+        side = self.unet.config.sample_size
+        self.noise_shape = (4, side, side)
+        self.picture_side = side * pipe.vae_scale_factor
+
+    def schedule(self, scheduler, timestep, prediction):
+        """t, abar, k and what is predicted; the scheduler decides nothing else in silence."""
+        steps = len(scheduler.alphas_cumprod)
+        if not -1 <= timestep < steps:
+            raise UserError(f"--timestep is {timestep}; expected -1 (last), or 0 to {steps - 1}")
+        t = timestep % steps
+        self.t = torch.tensor(t, device=self.device)
+        self.abar = float(scheduler.alphas_cumprod[t])
+        spacing = scheduler.config.get("timestep_spacing")
+        euler = "Euler" in type(scheduler).__name__ and spacing in ("trailing", "linspace")
+        self.noise_scale = math.sqrt(1 - self.abar) if euler else 1.0
+        self.prediction = pick("prediction", prediction or scheduler.config.get("prediction_type"),
+                               ("epsilon", "v_prediction", "sample"))
+        try:
+            scheduler.set_timesteps(1)
+            own = int(scheduler.timesteps[0])
+        except (ValueError, IndexError, RuntimeError):  # it cannot take one step
+            own = None
+        if own != t:
+            print(f"{type(scheduler).__name__} ({spacing} spacing) would start at t = {own}; here "
+                  f"t = {t} (--timestep)", file=sys.stderr)
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """P prompts -> condition, a dict of tensors with P rows, as the pipeline encodes them."""
+        if not self.xl:
+            return {"text": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        side = self.picture_side  # time ids: original size, crop, target size
+        ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device, dtype=self.dtype)
+        return {"text": text, "pooled": pooled, "time_ids": ids.expand(len(prompts), -1)}
+
+    def network_arguments(self, condition):
+        """A condition of B rows -> what the UNet is called with besides x and t."""
+        added = None
+        if self.xl:
+            added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+        return {"encoder_hidden_states": condition["text"], "added_cond_kwargs": added,
+                "return_dict": False}
+
+    def predict(self, x, t, condition):
+        """The network's raw output: x (B, 4, h, w), condition of B rows -> (B, 4, h, w) float32."""
+        return self.unet(x.to(self.dtype), t, **self.network_arguments(condition))[0].float()
+
+    def sample(self, noise, condition):
+        """x = G(e, c): noise e (B, 4, h, w) ~ N(0, 1) -> latents x (B, 4, h, w), float32."""
+        e = self.noise_scale * noise.float()
+        out = self.predict(e, self.t, condition)
+        if self.prediction == "epsilon":
+            return (e - math.sqrt(1 - self.abar) * out) / math.sqrt(self.abar)
+        if self.prediction == "v_prediction":
+            return math.sqrt(self.abar) * e - math.sqrt(1 - self.abar) * out
+        return out  # "sample": the network predicts x itself
+
+    def decode(self, latents):
+        """Latents (B, 4, h, w) -> pictures (B, 3, H, W) in [0, 1], float32; at most 8 at once.
+
+        UserError: a picture that is not finite is no picture."""
+        x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        parts = []
+        for part in x.split(self.decode_at_once):
+            parts.append(self.vae.decode(part, return_dict=False)[0].float())
+        pictures = torch.cat(parts)
+        if not pictures.isfinite().all():
+            raise UserError(f"{self.name or 'the model'} draws pictures that are not finite (NaN) "
+                            f"in {self.vae.dtype}; try --dtype bf16 or fp32")
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Inside it the generator is the frozen base G_ref."""
+        before, self.switch["on"] = self.switch["on"], False
+        try:
+            yield
+        finally:
+            self.switch["on"] = before
+
+    def attention_layers(self):
+        """{name: nn.Linear} of the layers that the LoRA is added to."""
+        return {name: getattr(module, "base", module)
+                for name, module in self.unet.named_modules() if name.endswith(LORA_TARGETS)}
+
+    def add_lora(self, rank, alpha):
+        """A fresh LoRA, which changes nothing; returns the parameters that train."""
+        self.lora = {}
+        for name, base in self.attention_layers().items():
+            self.lora[name] = LoRA(base, rank, alpha, self.switch)
+            self.unet.set_submodule(name, self.lora[name])
+        return self.parameters()
+
+    def parameters(self):
+        """What trains."""
+        return [p for layer in self.lora.values() for p in (layer.down, layer.up)]
+
+    def save_lora(self, folder, **metadata):
+        """Write the LoRA for diffusers (pipe.load_lora_weights) and for A1111, ComfyUI, Forge."""
+        write_lora(self, Path(folder), metadata)
+
+    def load_lora(self, path):
+        """Load what save_lora wrote, from a folder or the file, key for key -> its metadata.
+
+        UserError: another program's file, or one of another base."""
+        state, metadata = read_lora(path)
+        rank = int(metadata["ss_network_dim"])
+        parameters = self.add_lora(rank, float(rank))
+        for p, key in zip(parameters, self.lora_keys()):
+            weight = state.pop(key, None)
+            if weight is None or weight.shape != p.shape:
+                raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}: "
+                                f"{key} does not fit")
+            p.data.copy_(weight)
+        if state:
+            raise UserError(f"{path}: {len(state)} weights fit no layer, {min(state)} first")
+        return metadata
+
+    def lora_keys(self):
+        """The names that diffusers gives to `parameters`, in their order."""
+        return [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
+
+
+def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Config.unet,
+                   timestep=Config.timestep, prediction=Config.prediction):
+    """toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id -> Generator without a LoRA.
+
+    unet, timestep, prediction as in `Config`. UserError: what cannot be had or read whole."""
+    pipe = load_pipeline(name_or_path, dtype, unet)
+    G = Generator(pipe, device=device, dtype=dtype, timestep=timestep, prediction=prediction)
+    G.name = str(name_or_path)
+    return G
+
+
+# ===== 4. One update: (A) candidates and their scores, (B) targets, (C) the gradient carried back.
+# A field needs the candidates of its prompt alone: as many whole prompts as fit go through at once,
+# with a graph. A prompt that does not fit goes chunk by chunk without one, and (C) samples it once
+# more. The gradient is the same.
+
+PHASES = {}  # seconds of each phase of the update in hand
+
+
+@contextlib.contextmanager
+def phase(name):
+    """Times what happens inside; waits for the GPU, else the next phase would be billed for it."""
+    began = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    key = f"seconds_{name}"
+    PHASES[key] = PHASES.get(key, 0.0) + time.perf_counter() - began
+
+
+def seeded(seed, index):
+    """Random numbers that depend on (seed, index) alone, drawn on the CPU: for every device."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2 ** 63)
+
+
+def prompt_noise(seed, position, shape):
+    """Noise of one prompt: the same on every device, for any micro-batch."""
+    return torch.randn(shape, generator=seeded(seed, position))
+
+
+def rows(condition, index):
+    """The rows `index` of a condition, a dict of tensors."""
+    return {name: value[index] for name, value in condition.items()}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Some prompts, what the generator is given for them, and how their candidates are judged."""
+    prompts: list  # P strings
+    condition: dict  # tensors of P rows
+    noise: torch.Tensor  # (P, K, 4, h, w)
+    pairs: list = None  # offline: for each prompt the maps (m, T, D) of its chosen and rejected
+    watch: bool = False  # the watched rewards score it too
+
+    def part(self, first, count):
+        """The prompts first..first+count."""
+        i = slice(first, first + count)
+        pairs = self.pairs[i] if self.pairs else None
+        return Batch(self.prompts[i], rows(self.condition, i), self.noise[i], pairs, self.watch)
+
+
+def generate(G, phi, batch, first, count):
+    """Pictures first..first+count of a batch -> latents (B, 4, h, w), maps (B, T, D)."""
+    e = batch.noise.flatten(0, 1)[first:first + count]  # (B, 4, h, w)
+    prompt = torch.arange(first, first + len(e), device=G.device) // batch.noise.shape[1]
+    condition = rows(batch.condition, prompt)
+    with phase("sample"):
+        x = G.sample(e, condition)
+    with phase("features"):
+        return x, phi(x, condition)
+
+
+def sample_candidates(G, phi, batch, at_once):
+    """(A) Candidates and the base's pictures from the same noise -> latents x, x_ref (n, 4, h, w),
+    lists of maps z, r (n, T, D), n = P K, prompt after prompt."""
+    parts = []
+    for first in range(0, batch.noise.shape[:2].numel(), at_once):
+        x, z = generate(G, phi, batch, first, at_once)
+        with torch.no_grad(), G.reference():
+            x_ref, r = generate(G, phi, batch, first, at_once)
+        parts.append((x.detach(), x_ref, z, r))
+    x, x_ref, z, r = zip(*parts)
+    z = [torch.cat(chunks) for chunks in zip(*z)]
+    r = [torch.cat(chunks) for chunks in zip(*r)]
+    return torch.cat(x), torch.cat(x_ref), z, r
+
+
+@torch.no_grad()
+def score_candidates(G, reward, batch, x):
+    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {part: (P, K)} of which they are made; the
+    reward sees whole prompts, each in one call. None, {}: offline pairs need no scores."""
+    P, K = batch.noise.shape[:2]
+    if batch.pairs:
+        return None, {}
+    with phase("decode"):
+        pictures = G.decode(x)  # (P K, 3, H, W)
+    with phase("reward"):
+        prompts = [prompt for prompt in batch.prompts for _ in range(K)]
+        native = reward.score(pictures, prompts, watch=batch.watch)
+        native = {name: values.view(P, K) for name, values in native.items()}
+        scores = reward.combine(native)
+        watched = [name for name in native if name.startswith("watch/")]
+        if len(native) - len(watched) == 1:  # the one part is the score
+            native = {name: native[name] for name in watched}
+        return scores, native
+
+
+@torch.no_grad()
+def feature_gradients(z, r, best, worst, cfg):
+    """(B) One prompt: for each map its field, its target and dL/dz, which needs no network.
+
+    Lists of maps, z and r (K, T, D), anchors (m, T, D) -> list of (K, T, D), dict of figures."""
+    gradients = []
+    figures = {"loss": 0}
+    for maps in zip(z, r, best, worst):
+        vectors = [h.flatten(0, 1) for h in maps]  # (N, D), (N, D), (M, D), (M, D)
+        z_star, weight, rms = FIELDS[cfg.field](*vectors, kernel=cfg.kernel, radii=cfg.radii,
+                                                eta=cfg.eta, lambda_ref=cfg.lambda_ref)
+        with torch.enable_grad():
+            loss = regression_loss(vectors[0].requires_grad_(), z_star, weight)
+            gradient, = torch.autograd.grad(loss, vectors[0])
+        gradients.append(gradient.view_as(maps[0]))
+        figures["loss"] += loss.detach()
+        for name, value in rms.items():  # mean over the maps
+            figures[name] = figures.get(name, 0) + value / len(z)
+    return gradients, figures
+
+
+def latent_figures(x, x_ref):
+    """Latents of a prompt's candidates, of the base's (K, 4, h, w) -> how far apart they lie."""
+    x, x_ref = x.flatten(1), x_ref.flatten(1)
+    return {"within": mean_distance(distances(x, x)),
+            "within_ref": mean_distance(distances(x_ref, x_ref)),
+            "distance": (x - x_ref).square().mean().sqrt()}
+
+
+def reward_figures(scores, positive, negative):
+    """Scores of a prompt (K,), the masks of its anchors -> what is logged of them."""
+    known = scores[~scores.isnan()]
+    opinion = len(known) > 0
+    return {"reward_mean": known.mean(),
+            "reward_std": (known - known.mean()).square().mean().sqrt(),
+            "reward_best": known.max() if opinion else math.nan,
+            "reward_worst": known.min() if opinion else math.nan,
+            "gap": scores[positive].mean() - scores[negative].mean(),
+            "skipped": 1 - float(positive.any() and negative.any())}
+
+
+def mean_figures(figures):
+    """Dicts of numbers or (R,) tensors, one a prompt -> their means, NaN (no opinion) left out."""
+    means = {}
+    for name in figures[0]:
+        values = [torch.as_tensor(of_prompt[name]).float().cpu() for of_prompt in figures]
+        means[name] = torch.stack(values).nanmean(0).tolist()
+    means["diversity"] = means.pop("within") / max(means.pop("within_ref"), 1e-12)
+    return means
+
+
+def carry_back(G, phi, batch, z, gradients, at_once):
+    """(C) From the features through phi and G to the LoRA: adds to .grad, chunk by chunk."""
+    if z[0].requires_grad:  # the graph of (A) is there
+        with phase("backward"):
+            torch.autograd.backward(z, gradients)
+        return
+    for first in range(0, len(gradients[0]), at_once):
+        z = generate(G, phi, batch, first, at_once)[1]
+        with phase("backward"):
+            torch.autograd.backward(z, [gradient[first:first + at_once] for gradient in gradients])
+
+
+def drpo_gradient(G, phi, reward, batch, cfg, micro):
+    """One update's gradient, scaled by G.scaler, added to .grad of the LoRA -> dict of figures.
+
+    reward: `rewards.Reward`, or None with batch.pairs; micro: pictures at once."""
+    P, K = batch.noise.shape[:2]
+    keep_graph = K <= micro
+    at_once = micro if keep_graph else 4 * micro  # without a graph four times as many fit
+    prompts_at_once = max(1, micro // K)
+    figures = []
+    for first in range(0, P, prompts_at_once):
+        part = batch.part(first, prompts_at_once)
+        with torch.set_grad_enabled(keep_graph):
+            x, x_ref, z, r = sample_candidates(G, phi, part, at_once)
+        scores, native = score_candidates(G, reward, part, x)
+        gradients = []
+        with phase("field"):
+            for p in range(len(part.prompts)):
+                i = slice(p * K, (p + 1) * K)
+                z_p = [h[i].detach() for h in z]  # (K, T, D) each
+                r_p = [h[i].detach() for h in r]
+                of_prompt = latent_figures(x[i], x_ref[i])
+                if part.pairs:
+                    best, worst = part.pairs[p]  # (m, T, D) each
+                else:
+                    positive, negative = best_and_worst(scores[p], cfg.anchors)
+                    best = [h[positive.to(h.device)] for h in z_p]
+                    worst = [h[negative.to(h.device)] for h in z_p]
+                    of_prompt.update(reward_figures(scores[p], positive, negative))
+                    for name, values in native.items():
+                        of_prompt[name] = values[p].nanmean()
+                of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
+                gradients.append(of_maps)
+                figures.append({**of_prompt, **of_fields})
+        gradients = [G.scaler.scale(torch.cat(maps) / P) for maps in zip(*gradients)]
+        carry_back(G, phi, part, z, gradients, micro)
+    return mean_figures(figures)
+
+
+@torch.no_grad()
+def pair_maps(G, phi, pair):
+    """An offline pair -> the maps (m, T, D) of its chosen, and of its rejected pictures."""
+    prompt, *sides = pair
+    maps = []
+    for files in sides:
+        pictures = 2 * rewards.load_pictures(files, G.picture_side) - 1  # (m, 3, H, W)
+        x = G.vae.encode(pictures.to(G.device, G.vae.dtype)).latent_dist.mode().float()
+        x = x * G.vae.config.scaling_factor  # (m, 4, h, w)
+        condition = {name: c.expand(len(x), *c.shape[1:]) for name, c in G.encode([prompt]).items()}
+        maps.append(phi(x, condition))
+    return maps
+
+
+def gradient_that_fits(G, phi, reward, batch, cfg, micro):
+    """`drpo_gradient`, its micro-batch halved whenever memory runs out -> figures, micro."""
+    while True:
+        try:
+            return drpo_gradient(G, phi, reward, batch, cfg, micro), micro
+        except torch.OutOfMemoryError:
+            if micro == 1:
+                raise UserError("out of GPU memory at --micro-batch 1: a smaller reward?") from None
+        micro = -(-micro // 2)  # outside of except: the exception holds the memory
+        G.decode_at_once = min(G.decode_at_once, micro)
+        print(f"out of GPU memory: going on with --micro-batch {micro}", file=sys.stderr)
+        for p in G.parameters():
+            p.grad = None
+        PHASES.clear()
+        torch.cuda.empty_cache()
+
+
+def fitting_micro_batch(G, phi, batch):
+    """How many pictures at once the free memory should hold, by the graph of one of them."""
+    P, K = batch.noise.shape[:2]
+    if G.device.type != "cuda":
+        return min(P * K, max(64, K))
+    before = torch.cuda.memory_allocated()
+    graph = generate(G, phi, batch, 0, 1)
+    of_one = torch.cuda.memory_allocated() - before + 1
+    del graph
+    torch.cuda.empty_cache()
+    PHASES.clear()
+    micro = int(0.8 * torch.cuda.mem_get_info()[0] / of_one)
+    return max(1, min(P * K, micro))
+
+
+# ===== 5. A run: the loop, its settings, its folder, the command line.
+
+def train(cfg, reward=None, stop=None):
+    """Run DrPO -> path of the run's folder (None in torchrun's other processes).
+
+    reward: a callable in place of cfg.reward; stop: the `Stop` that ends it early. UserError: what
+    the user can mend. The first Ctrl-C ends it after the step, the second is KeyboardInterrupt."""
+    cfg = resolved(cfg)
+    device, dtype, process, world = start(cfg)
+    reward, prompts, pairs, cfg = load_data(cfg, reward, device)
+    G = load_generator(cfg.model, device=device, dtype=dtype, unet=cfg.unet,
+                       timestep=cfg.timestep, prediction=cfg.prediction)
+    phi = load_features(cfg.features, G)
+    torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
+    parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
+    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
+                                  fused=G.device.type == "cuda")
+    first_batch = next_batch(G, phi, cfg, 0, prompts, pairs)
+    micro = cfg.micro_batch or fitting_micro_batch(G, phi, first_batch)
+    G.decode_at_once = min(G.decode_at_once, micro)
+    if cfg.compile:
+        compile_networks(G)
+    run = Run(cfg, G, optimizer, prompts, process == 0)
+    failures = 0  # in a row
+
+    with stop or Stop() as stop, kept(run):
+        run.begin(reward)
+        while run.step < cfg.steps and not stop.signal:
+            began = time.perf_counter()
+            PHASES.clear()
+            position = run.position + process * cfg.batch
+            batch = next_batch(G, phi, cfg, position, prompts, pairs)
+            batch.watch = run.step % cfg.watch_every == 0 or run.step == cfg.steps - 1
+            metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
+            with phase("optimizer"):
+                norm = optimizer_step(G, optimizer, cfg, stop, world)
+            finite = math.isfinite(norm)
+            run.step += 1
+            run.position += cfg.batch * world
+            run.log({"step": run.step, "seconds": time.perf_counter() - began, **metrics,
+                     "grad_norm": norm, "lr": cfg.lr, "applied": finite, "micro_batch": micro,
+                     **PHASES})
+            if run.step == cfg.steps or stop.signal or run.step % cfg.save_every == 0:
+                run.save()
+            run.preview()
+            failures = 0 if finite or G.scaler.get_scale() > 1 else failures + 1
+            if failures == 3:
+                raise UserError("the gradient was not finite three times in a row (none was "
+                                "applied); try a lower --lr, or --dtype bf16")
+        run.end()
+    return run.path
+
+
+def of_type(f, value):
+    """A setting's value, also of numpy, Path or JSON, in the type that `Config` names."""
+    try:
+        typed = tuple(map(float, value)) if f.type is tuple else f.type(value)
+        if f.type in (str, tuple) or typed == value:
+            return typed
+    except (TypeError, ValueError, OverflowError):
+        pass
+    name = f.name.replace("_", "-")
+    raise UserError(f"--{name} is {value!r}; expected a value of type {f.type.__name__}")
+
+
+def resolved(cfg):
+    """The settings in their types, paths absolute. UserError: what contradicts itself or names
+    nothing, before anything is loaded."""
+    values = {f.name: of_type(f, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    for name in ("out", "resume", "pairs", "model", "unet", "prompts"):
+        path = rewards.absolute(values[name])
+        named = values[name] in ("", *MODELS, *rewards.PROMPTS)  # a name goes before a file
+        if not named and (name == "out" or os.path.exists(path)):
+            values[name] = path
+    for name in ("reward", "watch"):
+        values[name] = rewards.absolute_spec(values[name])
+    cfg = dataclasses.replace(cfg, **values)
+    for item in cfg.features.split(","):
+        pick("feature", item.strip().partition("@")[0], FEATURES)
+    pick("kernel", cfg.kernel, KERNELS)
+    pick("field", cfg.field, FIELDS)
+    pick("dtype", cfg.dtype, ("auto", *DTYPES))
+    rules = [
+        ("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
+         f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
+        ("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
+         "positive numbers, as 0.2,0.5,1"),
+        ("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume"),
+        ("out", cfg.resume or not os.path.exists(cfg.out) or is_empty(cfg.out),
+         f"a new or empty folder (to go on with a run: --resume {cfg.out})")]
+    for f in dataclasses.fields(cfg):
+        least = f.metadata["least"]
+        fits = least is None or least <= values[f.name] < 2 ** 63
+        rules.append((f.name, fits, f"a number, at least {least}"))
+    for name, holds, expected in rules:
+        if not holds:
+            name = name.replace("_", "-")
+            raise UserError(f"--{name} is {values[name.replace('-', '_')]}; expected {expected}")
+    return cfg
+
+
+def is_empty(folder):
+    """Whether it is a folder with nothing in it."""
+    return os.path.isdir(folder) and not os.listdir(folder)
+
+
+def start(cfg):
+    """Device, seeds, torchrun's process group -> device, dtype, this process, processes."""
+    torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    env = os.environ if torchrun else {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    process, world, local = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{local}"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} is not usable here, cpu is ({one_line(e)})") from None
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    random.seed(cfg.seed)  # a reward may draw from any of these
+    np.random.seed(cfg.seed % 2 ** 32)
+    torch.manual_seed(cfg.seed)
+    return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
+
+
+def load_data(cfg, reward, device):
+    """Reward or None, prompts, pairs or None, and the settings with the reward's name."""
+    if cfg.pairs:
+        pairs = rewards.load_pairs(cfg.pairs)
+        return None, [pair[0] for pair in pairs], pairs, cfg
+    toys = cfg.reward == "scene" and cfg.prompts == "scenes" and cfg.lr == Config.lr
+    if reward is None and toys and preset_of(cfg.model) != "toy":
+        raise UserError(f"these are the toy's settings; Config.preset({cfg.model!r}) has a recipe")
+    prompts = rewards.load_prompts(cfg.prompts)
+    reward = rewards.load(cfg.reward if reward is None else reward, device, cfg.watch)
+    return reward, prompts, None, dataclasses.replace(cfg, reward=reward.name)
+
+
+def next_batch(G, phi, cfg, position, prompts, pairs):
+    """The P prompts from `position` on: their order, new in each epoch, and their noise depend on
+    seed and position alone, whichever GPU asks."""
+    index = []
+    noise = []
+    for n in range(position, position + cfg.batch):
+        epoch, place = divmod(n, len(prompts))
+        index.append(int(torch.randperm(len(prompts), generator=seeded(cfg.seed, epoch))[place]))
+        noise.append(prompt_noise(cfg.seed, n, (cfg.candidates, *G.noise_shape)).to(G.device))
+    chosen = [prompts[i] for i in index]
+    maps = [pair_maps(G, phi, pairs[i]) for i in index] if pairs else None
+    return Batch(chosen, G.encode(chosen), torch.stack(noise), maps)
+
+
+def optimizer_step(G, optimizer, cfg, stop, world):
+    """Average over torchrun's processes, clip, step -> norm of the gradient; one that is not finite
+    is not applied. If one process is to stop, all stop together."""
+    parameters = G.parameters()
+    if world > 1:
+        tensors = [*(p.grad for p in parameters), torch.full((1,), stop.signal, device=G.device)]
+        flat = nn.utils.parameters_to_vector(tensors) / world
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as e:
+            raise UserError(f"another process ended, so this one stops ({one_line(e)})") from e
+        nn.utils.vector_to_parameters(flat, tensors)
+        stop.signal = signal.SIGTERM if flat[-1] else 0
+    G.scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
+    if math.isfinite(norm):
+        optimizer.step()
+    G.scaler.update()  # fp16: what was not finite halves the scale
+    optimizer.zero_grad()
+    return norm
+
+
+class Stop:
+    """Context in which SIGINT, SIGTERM and SIGHUP end a run after the step in hand; the second one
+    ends it at once. signal: the one that came, or 0, also after the context."""
+
+    def __init__(self):
+        self.signal, self.before, self.pid = 0, {}, os.getpid()
+
+    def __enter__(self):
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows; ignored under nohup
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - {None}
+        if hangup and signal.getsignal(hangup) is signal.SIG_IGN:
+            numbers.remove(hangup)
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """The first is remembered. The second, and any in a forked child of a reward, does what it
+        did before this run; where it was ignored then, it ends the run all the same."""
+        own = os.getpid() == self.pid
+        if own and not self.signal:
+            self.signal = number
+            os.write(2, b"stopping after this step; once more ends it at once\n")
+            return
+        before = self.before[number]
+        signal.signal(number, signal.SIG_DFL if own and before is signal.SIG_IGN else before)
+        os.kill(os.getpid(), number)
+
+
+class Run:
+    """A run's folder and how far it came. Only what the run wrote is ever removed or replaced.
+
+    path: the folder, None in torchrun's other processes; step, position: updates and prompts so
+    far; metrics: the figures of every step, a dict each."""
+
+    def __init__(self, cfg, G, optimizer, prompts, writes):
+        """Claims a new folder, or goes on in that of --resume; nobody else has it meanwhile."""
+        self.cfg, self.G, self.optimizer, self.prompts = cfg, G, optimizer, prompts
+        self.writes, self.made, self.lock = writes, False, None
+        self.step = self.position = 0
+        self.metrics = []
+        self.path = Path(cfg.resume or cfg.out or self.default_folder())
+        if writes:
+            self.claim()
+        if cfg.resume:
+            try:
+                self.load()
+            except UserError:
+                self.release()
+                raise
+        self.first = self.step
+
+    def default_folder(self):
+        """runs/MODEL-REWARD-DATE, numbered where there is one already."""
+        cfg = self.cfg
+        what = "pairs" if cfg.pairs else Path(cfg.reward.partition(":")[0]).stem
+        name = f"{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
+        numbered = (f"{path}-{n}" if n > 1 else path for n in itertools.count(1))
+        return next(path for path in numbered if not os.path.exists(path))
+
+    def claim(self):
+        """Makes the folder and locks it for this process as long as it lives."""
+        try:
+            self.made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.path, os.O_RDONLY)
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another run: wait for it or stop it") from None
+        except OSError as e:
+            raise UserError(f"--out {self.path}: {e.strerror}; name another folder") from e
+        if not self.cfg.resume and not is_empty(self.path):
+            self.release()
+            raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
+
+    def release(self):
+        """Lets others have the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def begin(self, reward):
+        """config.json, and what is about to be done; tells the rewards that ask for it
+        (`run_folder`) where they may keep things."""
+        cfg, G = self.cfg, self.G
+        for part in reward.parts.values() if reward else ():
+            if hasattr(part, "run_folder"):
+                part.run_folder = self.path
+        if not self.writes:
+            return
+        settings = dataclasses.asdict(cfg)
+        saved = read_config(self.path) if cfg.resume else settings
+        for f in dataclasses.fields(cfg):
+            before = of_type(f, saved.get(f.name, f.default))
+            if settings[f.name] != before and f.name not in ("resume", "out"):
+                print(f"--{f.name.replace('_', '-')} is {settings[f.name]} from here on; it was "
+                      f"{before}", file=sys.stderr)
+        versions = {"torch": torch.__version__, "diffusers": sys.modules["diffusers"].__version__}
+        self.write("config.json", json.dumps({**settings, "versions": versions}, indent=1))
+        print("  ".join(f"{name}={value}" for name, value in settings.items() if value != ""))
+        weights = sum(p.numel() for p in G.parameters())
+        print(f"{cfg.batch} prompts x {cfg.candidates} candidates = {cfg.batch * cfg.candidates} "
+              f"pictures an update on each GPU; {len(self.prompts):,} prompts; "
+              f"{weights:,} trainable weights; {G.dtype} on {G.device}", flush=True)
+        most = G.pipe.tokenizer.model_max_length
+        long = sum(len(ids) > most for ids in G.pipe.tokenizer(self.prompts).input_ids)
+        if long:
+            print(f"{long} prompts are longer than {most} tokens: their end is not seen",
+                  file=sys.stderr)
+        if not cfg.resume:
+            self.preview()
+
+    def write(self, name, text):
+        """A file of the run's folder."""
+        rewards.write_atomic(self.path / name, text.encode())
+
+    def log(self, metrics):
+        """Appends a step's figures to metrics.jsonl (what is not finite is null); prints some."""
+        if not self.writes:
+            return
+        if torch.cuda.is_initialized():
+            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        self.metrics.append(metrics)
+        try:
+            with open(self.path / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(metrics) + "\n")
+        except OSError as e:
+            raise UserError(f"metrics.jsonl: {e.strerror}; the last checkpoint is intact") from e
+        if self.step % self.cfg.log_every == 0 or self.step in (self.first + 1, self.cfg.steps):
+            recent = self.metrics[self.first:][1:][-10:] or [metrics]  # the first step warms up
+            seconds = sum(m["seconds"] for m in recent) / len(recent)
+            left = time.gmtime(seconds * (self.cfg.steps - self.step))
+            print(figures_line(metrics, self.cfg.steps), time.strftime("  left %H:%M:%S", left),
+                  flush=True)
+        for steps, name, silent, text in ((3, "reward_mean", None, "had no opinion (NaN) on any picture"),
+                                          (20, "reward_std", 0, "scored all candidates the same")):
+            last = [m.get(name, "none") == silent for m in self.metrics[-steps - 1:]]
+            if last[-steps:] == [True] * steps and last != [True] * (steps + 1):
+                print(f"the reward {text} for {steps} steps", file=sys.stderr)
+
+    @torch.no_grad()
+    def preview(self):
+        """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
+        every = self.cfg.preview_every
+        due = every and (self.step % every == 0 or self.step == self.cfg.steps)
+        if not (self.writes and due):
+            return
+        from diffusers.utils import make_image_grid
+        G = self.G
+        n = min(8, len(self.prompts))
+        base, tuned = [], []
+        for i in range(n):  # one at a time: it never needs more memory than the run
+            condition = G.encode([self.prompts[i * len(self.prompts) // n]])
+            e = prompt_noise(self.cfg.seed, i, (1, *G.noise_shape)).to(G.device)
+            tuned += rewards.to_pil(G.decode(G.sample(e, condition)))
+            with G.reference():
+                base += rewards.to_pil(G.decode(G.sample(e, condition)))
+        grid = make_image_grid(base + tuned, 2, n, resize=min(256, max(128, G.picture_side)))
+        (self.path / "samples").mkdir(exist_ok=True)
+        grid.save(self.path / "samples" / f"step-{self.step:06d}.png")
+
+    def save(self):
+        """checkpoint.pt, all that --resume needs, and the LoRA in the formats of others."""
+        if not self.writes:
+            return
+        G, cfg = self.G, self.cfg
+        kind, words, *rest = np.random.get_state()
+        state = {"at": {"step": self.step, "position": self.position},
+                 "weights": [p.detach().cpu() for p in G.parameters()],
+                 "optimizer": self.optimizer.state_dict(), "scaler": G.scaler.state_dict(),
+                 "random": {"torch": torch.get_rng_state(), "python": random.getstate(),
+                            "numpy": (kind, words.tolist(), *rest)}}
+        rewards.write_atomic(self.path / "checkpoint.pt", lambda f: torch.save(state, f))
+        G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep), prediction=cfg.prediction)
+
+    def load(self):
+        """Puts the checkpoint of --resume in place, and takes later steps off the log."""
+        with rewards.reading(self.path / "checkpoint.pt", "there is nothing to go on from"):
+            if zipfile.ZipFile(self.path / "checkpoint.pt").testzip():  # torch looks at no CRC
+                raise ValueError("its CRC differs")
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+        parameters = self.G.parameters()
+        if [p.shape for p in parameters] != [w.shape for w in state["weights"]]:
+            raise UserError(f"{self.path}: its LoRA is of another base or --lora-rank")
+        for p, weight in zip(parameters, state["weights"]):
+            p.data.copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0].update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
+        self.G.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["torch"])
+        random.setstate(state["random"]["python"])
+        np.random.set_state(state["random"]["numpy"])
+        self.step, self.position = state["at"]["step"], state["at"]["position"]
+        self.metrics = read_metrics(self.path, self.step)
+        if self.writes:
+            self.write("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+
+    def end(self):
+        """The last words; README.md, the model card, if all steps are made."""
+        if self.writes and self.step < self.cfg.steps:
+            print(f"stopped; go on with: python drpo.py --resume {self.path}", file=sys.stderr)
+        elif self.writes:
+            self.write("README.md", model_card(self.cfg, self.metrics[-1] if self.metrics else {}))
+            samples = f"look at {self.path}/samples; " if self.cfg.preview_every else ""
+            print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
+
+    def undo(self):
+        """A run that made no step leaves nothing that would block the mended command."""
+        for name in ("config.json", "samples/step-000000.png"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "samples", self.path)[:2 if self.made else 1]:
+            with contextlib.suppress(OSError):  # what others put there stays
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def kept(run):
+    """However the run ends, what it reached is kept, and a UserError says at which step."""
+    try:
+        yield
+    except BaseException as e:
+        if run.step > run.first and not isinstance(e, KeyboardInterrupt):  # that may be mid-step
+            run.save()
+        if run.writes and run.step == 0:
+            run.undo()
+        if isinstance(e, UserError):
+            go_on = f" (go on with --resume {run.path})" if run.step else ""
+            raise UserError(f"step {run.step + 1}: {e}{go_on}") from e
+        raise
+    finally:
+        run.release()
+
+
+FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
+           "reward_worst": "worst {:.4g}", "diversity": "diversity {:.0%}",
+           "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "seconds": "{:.2f} s",
+           "peak_gib": "{:.1f} GiB", "skipped": "no anchors for {:.0%} of the prompts"}
+
+
+def figures_line(metrics, steps):
+    """One readable line of a step's figures."""
+    parts = [f"step {metrics['step']}/{steps}"]
+    for name, value in metrics.items():
+        if name.startswith("watch/") and value is not None:
+            parts.append(f"{name[6:]} {value:.4g}")
+    for name, text in FIGURES.items():
+        if metrics.get(name) or name == "reward_mean" and metrics.get(name) is not None:
+            parts.append(text.format(metrics[name]))
+    return "  ".join(parts + ["NOT FINITE, not applied"] * (not metrics["applied"]))
+
+
+def model_card(cfg, metrics):
+    """README.md of a run as the hub reads it: base, licence, figures, how to load it, settings."""
+    base = Path(cfg.model).name if os.path.isabs(cfg.model) else MODELS.get(cfg.model, cfg.model)
+    head = ["---", "license: other", "library_name: diffusers", "tags: [lora, text-to-image]"]
+    if "/" in base and not os.path.isabs(base):
+        head.append(f"base_model: {base}")
+    if cfg.preview_every and metrics:
+        head += ["widget:", '- text: "above the base, below the LoRA"', "  output:",
+                 f"    url: samples/step-{metrics['step']:06d}.png"]
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items()
+                if not os.path.isabs(str(value).partition("@")[-1] or str(value))}
+    figures = figures_line(metrics, cfg.steps) if metrics else ""
+    t = f", timesteps=[{cfg.timestep}]" if cfg.timestep >= 0 else ""
+    unet = f" with the UNet {cfg.unet}" if cfg.unet else ""
+    return "\n".join(head) + f"""
+---
+A LoRA for {Path(base).name}{unet}, whose licence holds for it, tuned by Drifting Preference
+Optimization (arXiv 2606.02521). {figures}
+
+    pipe.load_lora_weights("THIS_REPO")
+    pipe(prompt, num_inference_steps=1, guidance_scale=0{t}).images[0]
+
+Settings: `{json.dumps(settings)}`
+"""
+
+
+def read_config(folder):
+    """config.json of a run as a dict. UserError: no run's folder."""
+    with rewards.reading(Path(folder) / "config.json", "expected the folder of a run"):
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def read_metrics(folder, last=math.inf):
+    """metrics.jsonl up to a step; a torn line is left out, of two of a step the later stays."""
+    path = Path(folder) / "metrics.jsonl"
+    found = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            metrics = json.loads(line)
+            if 0 < metrics["step"] <= last:
+                found[metrics["step"]] = metrics
+    return [found[step] for step in sorted(found)]
+
+
+def parse(argv):
+    """Command line -> Config: what is given, else the preset of the model, else the default; with
+    --resume the run's own settings in the place of both."""
+    parser = argparse.ArgumentParser(prog="drpo.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def fail(message):
+        raise UserError(f"{message} (python drpo.py --help lists the settings)")
+
+    def numbers(text):
+        return tuple(float(number) for number in text.split(","))
+
+    parser.error = fail
+    for f in dataclasses.fields(Config):
+        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        kind = {"type": numbers if f.type is tuple else f.type}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    if "resume" not in given:
+        return Config.preset(given.pop("model", Config.model), **given)
+    saved = read_config(rewards.absolute(given["resume"]))
+    own = {f.name: of_type(f, saved[f.name]) for f in dataclasses.fields(Config)
+           if f.name in saved and f.name not in given}
+    return Config(**{**own, "out": "", **given})
+
+
+def main(argv=None):
+    """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
+    stop = Stop()
+    with rewards.one_line_errors():
+        train(parse(argv), stop=stop)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # where a process ends early it might wait for the others
+    if stop.signal:
+        sys.exit(128 + stop.signal)
+
+
+# ===== 6. Files of models: read whole, under the names that others gave them, or refused.
+
+WAYS_ON = "ways on: --model toy, or the path of a diffusers folder in SD or SDXL layout"
+KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+IMPLEMENTED = {  # what entries of the networks' configs may be: others would change the result
+    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0),
+            "latent_channels": (4,)},
+    "unet": {"in_channels": (4,), "out_channels": (4,), "time_cond_proj_dim": (None,),
+             "class_embed_type": (None,), "encoder_hid_dim_type": (None,),
+             "addition_embed_type": (None, "text_time"), "sample_size": range(1, 1025)}}
+LATENT_MAE = ("https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/resolve/master/"
+              "mae_latent_256_torch.pth",
+              "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def model_index(name):
+    """model_index.json of a name of `MODELS`, a diffusers folder or a hub id. UserError: no such
+    model, gated, or one that does not work here."""
+    path = MODELS.get(name, str(name))
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        pick("model", path, MODELS, "or a local diffusers folder, or a hub id owner/name")
+    with rewards.reading(path, WAYS_ON):
+        folder = path if Path(path).is_dir() else rewards.hub_folder(path)
+        index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        if re.search("instaflow|rectified", f"{path} {index.get('_class_name')}", re.I):
+            raise ValueError("a rectified flow, which is not implemented")
+        for part, kind in KINDS.items():
+            if (index.get(part) or ["", ""])[1] != kind:
+                raise ValueError(f"its {part} is no {kind}; expected an SD or SDXL layout")
+        return index
+
+
+def is_xl(index):
+    """Whether a model_index.json is of SDXL."""
+    return str(index.get("_class_name", "")).startswith("StableDiffusionXL")
+
+
+def load_pipeline(name, dtype, unet):
+    """The pipeline of `load_generator`, on the CPU, network by network. UserError: what cannot be
+    had, is not read whole, or is not implemented."""
+    path = MODELS.get(name, str(name))
+    index = model_index(name)
+    import diffusers
+    import transformers
+    rewards.quiet_libraries()
+    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+               "text_encoder": transformers.CLIPTextModel}
+    kind = diffusers.StableDiffusionPipeline
+    rest = dict(safety_checker=None, requires_safety_checker=False)
+    if is_xl(index):
+        classes["text_encoder_2"] = transformers.CLIPTextModelWithProjection
+        kind, rest = diffusers.StableDiffusionXLPipeline, {}
+    others = ("tokenizer", "tokenizer_2", "scheduler")
+    with rewards.reading(path, WAYS_ON):
+        folder = path
+        if not Path(path).is_dir():
+            folder = rewards.hub_folder(path, ("", *classes, *others), ["unet"] if unet else [])
+        parts = {}
+        for part, cls in classes.items():
+            config = cls.load_config(folder, subfolder=part) if part in IMPLEMENTED else {}
+            for entry, known in IMPLEMENTED.get(part, {}).items():
+                if config.get(entry, known[0]) not in known:
+                    raise ValueError(f"its {part} has {entry} = {config[entry]}: not implemented")
+            if part == "unet" and unet:
+                parts[part] = cls.from_config(config).to(dtype)
+                other_unet(parts[part], unet)
+            else:
+                names = [file.name for file in (Path(folder) / part).glob("*model*")]
+                half = names and all(".fp16" in name for name in names)
+                parts[part] = rewards.whole(cls, folder, subfolder=part, dtype=dtype,
+                                            variant="fp16" if half else None)
+        pipe = kind.from_pretrained(folder, **parts, **rest, feature_extractor=None,
+                                    image_encoder=None)
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise ValueError(f"a {type(pipe.scheduler).__name__}, which has no noise schedule abar")
+        positions = parts["text_encoder"].config.max_position_embeddings
+        pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, positions)
+        return pipe
+
+
+def other_unet(unet, file):
+    """--unet: the weights of a file, or of owner/repo/file on the hub, put into a UNet, whole."""
+    hint = "expected the weights of this base's UNet, a file, or owner/repo/file of the hub"
+    with rewards.reading(f"--unet {file}", hint):
+        path = Path(file)
+        if not path.is_file():
+            owner, repo, name = file.split("/", 2)
+            path = rewards.hub_file(f"{owner}/{repo}", name)
+        unet.load_state_dict(rewards.read_weights(path))
+
+
+def read_latent_mae(path):
+    """DrPO's authors' file -> {name: weight} of its encoder: convolutions `.kernel` (HWIO) or
+    `.weight` (OIHW), norms `.scale` or `.weight`; bare, or under "state_dict" or
+    "model_state_dict" (src/drpo/features.py of UGVly/DrPO). UserError: torn, or not whole."""
+    path = path or rewards.fetch(*LATENT_MAE)
+    weights = {}
+    with rewards.reading(path, f"expected the latent-MAE of {LATENT_MAE[0]}"):
+        found = rewards.read_weights(path)
+        found = found.get("state_dict", found.get("model_state_dict", found))
+        for key, value in found.items():
+            key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # of DDP, of torch.compile
+            if key.endswith(".kernel"):
+                value = value.permute(3, 2, 0, 1)
+            if key.startswith("encoder."):
+                name = re.sub(r"\.(kernel|scale)$", ".weight", key.removeprefix("encoder."))
+                weights[name] = value.float()
+        mae_encoder(weights, torch.zeros(1, 4, 16, 16))  # KeyError: a weight is missing
+    return weights
+
+
+def kohya_name(name, xl):
+    """A layer's name in kohya's sd-scripts, which count SDXL's blocks as its first release did: an
+    input block for conv_in, then two with attention and a downsampler each, upward three each."""
+    flat = name.replace(".", "_")
+    match = re.match(r"(down|mid|up)_blocks?_(?:(\d)_)?attentions_(\d)", flat)
+    if not xl or not match:  # SD keeps diffusers' names
+        return "lora_unet_" + flat
+    block, attention = int(match[2] or 0), int(match[3])
+    place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
+             "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
+    return "lora_unet_" + place + flat[match.end():]
+
+
+def write_lora(G, folder, metadata):
+    """The LoRA as LORA_FILE for diffusers, and as kohya_lora.safetensors for the others, who look
+    in its metadata for what it fits."""
+    from safetensors.torch import save
+    ours, kohya = {}, {}
+    for name, layer in G.lora.items():
+        down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
+        key = kohya_name(name, G.xl)
+        ours[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
+        ours[f"unet.{name}.lora_B.weight"] = up * (layer.alpha / layer.rank)  # there alpha = rank
+        kohya[f"{key}.lora_up.weight"] = up
+        kohya[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
+    base = Path(G.name).name if os.path.isabs(G.name) else G.name  # nobody's home is published
+    metadata.update(format="pt", drpo_base=base, ss_network_module="networks.lora",
+                    ss_network_dim=str(layer.rank), ss_network_alpha=str(layer.alpha))
+    if G.xl:
+        metadata["ss_base_model_version"] = "sdxl_base_v1-0"
+    elif G.unet.config.cross_attention_dim == 1024:  # SD 2; for A1111
+        metadata["ss_v2"] = "True"
+    rewards.write_atomic(folder / LORA_FILE, save(ours, metadata))
+    rewards.write_atomic(folder / "kohya_lora.safetensors", save(kohya, metadata))
+
+
+def read_lora(path):
+    """LORA_FILE of ours, or the one in a folder -> its weights by name, and its metadata.
+
+    UserError: another program's."""
+    from safetensors import safe_open
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    with rewards.reading(file, "not a readable LoRA file of drpo.py; another program's: fuse it into "
+                         "a folder by diffusers, and give that as --model"):
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata() or {}
+            state = {key: f.get_tensor(key) for key in f.keys()}
+        if "drpo_base" not in metadata or not min(state).startswith("unet."):
+            raise ValueError(f"no {LORA_FILE} of drpo.py")
+    return state, metadata
+
+
+# ===== 7. Speed, which changes no result.
+
+# without inductor's layout pass, which on a CPU lost 38% of a tiny UNet's gradient (torch 2.13)
+COMPILE = dict(dynamic=False, options={"layout_optimization": False})
+compiled = functools.cache(functools.partial(torch.compile, **COMPILE))  # a function, once
+
+
+def compile_networks(G):
+    """--compile: the UNet, the decoder, and from here on the features that ask for it."""
+    print("compiling in the first steps, which takes minutes (three on an H100)", file=sys.stderr)
+    for name in ("torch._dynamo", "torch._inductor", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch._dynamo.config.suppress_errors = True  # what fails goes on eagerly
+    G.compiled = True
+    G.unet.compile(**COMPILE)
+    G.vae.decoder.compile(**COMPILE)
+
+
 class ChannelsLastGroupNorm(nn.GroupNorm):
     """nn.GroupNorm by statistics of each channel first: it reads channels-last memory in order,
     where torch's kernel copies to NCHW and back."""
@@ -518,582 +1653,14 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         return torch.addcmul(shift.to(dtype).reshape(shape), x, scale).to(x.dtype)
 
 
-class Generator:
-    """A one-step generator in diffusers' SD or SDXL layout, frozen but for its LoRA.
-
-        x = (k e - sqrt(1 - abar_t) eps_theta(k e, t, c)) / sqrt(abar_t)
-
-    with k = 1, but for Euler schedulers, which begin at sigma instead of sqrt(sigma^2 + 1).
-    encode(prompts) -> condition, sample(noise, condition) -> latents, decode(latents) -> pictures,
-    reference(): context of the frozen base; add_lora, save_lora, load_lora."""
-
-    def __init__(self, pipe, *, device="cpu", dtype=torch.float32, timestep=Config.timestep,
-                 prediction=Config.prediction):
-        self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
-        self.xl = hasattr(pipe, "text_encoder_2")
-        self.device, self.dtype = torch.device(device), dtype
-        self.name, self.compile, self.switch, self.lora = "", False, {"on": True}, {}
-        for net in pipe.components.values():
-            if isinstance(net, nn.Module):
-                net.to(self.device, dtype).eval().requires_grad_(False)
-        # 1 / sqrt(abar) = 14.6 multiplies the rounding of the last layers: they stay in float32
-        self.unet.conv_norm_out.float().register_forward_pre_hook(lambda module, x: (x[0].float(),))
-        self.unet.conv_out.float()
-        half = dtype == torch.float16
-        if half and self.xl and self.vae.config.force_upcast:
-            print("the SDXL VAE overflows in fp16: it runs in float32", file=sys.stderr)
-            self.vae.float()
-        if self.device.type == "cuda":  # the layout in which tensor cores convolve
-            self.vae.decoder.to(memory_format=torch.channels_last)
-            for module in self.vae.decoder.modules():
-                if type(module) is nn.GroupNorm:
-                    module.__class__ = ChannelsLastGroupNorm
-        self.scaler = torch.amp.GradScaler(self.device.type, 2.0 ** 14, enabled=half)
-        self.schedule(pipe.scheduler, timestep, prediction)
-        side = self.unet.config.sample_size
-        self.noise_shape = (4, side, side)
-        self.picture_side = side * pipe.vae_scale_factor
-
-    def schedule(self, scheduler, timestep, prediction):
-        """t, abar, k and what is predicted; the scheduler decides nothing else in silence."""
-        steps = len(scheduler.alphas_cumprod)
-        if not -1 <= timestep < steps:
-            raise UserError(f"--timestep is {timestep}; expected -1 (last), or 0 to {steps - 1}")
-        t = timestep % steps
-        self.t, self.abar = torch.tensor(t, device=self.device), float(scheduler.alphas_cumprod[t])
-        spacing = scheduler.config.get("timestep_spacing")
-        euler = "Euler" in type(scheduler).__name__ and spacing in ("trailing", "linspace")
-        self.k = math.sqrt(1 - self.abar) if euler else 1.0
-        self.prediction = pick("prediction", prediction or scheduler.config.get("prediction_type"),
-                               ("epsilon", "v_prediction", "sample"))
-        rewards.say_other_start(scheduler, t)
-
-    def compile_all(self):
-        """--compile: the UNet, the decoder, and from here on the features that ask for it."""
-        self.compile = True
-        torch._dynamo.config.suppress_errors = True  # what fails goes on eagerly
-        self.unet.compile(**COMPILE)
-        self.vae.decoder.compile(**COMPILE)
-
-    @torch.no_grad()
-    def encode(self, prompts):
-        """P prompts -> condition, a dict of tensors with P rows, as the pipeline encodes them."""
-        if not self.xl:
-            return {"text": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        side = self.picture_side  # time ids: original size, crop, target size
-        ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device, dtype=self.dtype)
-        return {"text": text, "pooled": pooled, "time_ids": ids.expand(len(prompts), -1)}
-
-    def predict(self, x, t, condition, unet=None):
-        """The network's raw output: x (B, 4, h, w), condition of B rows -> (B, 4, h, w) float32."""
-        added = None
-        if self.xl:
-            added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
-        return (unet or self.unet)(x.to(self.dtype), t, condition["text"], added_cond_kwargs=added,
-                                   return_dict=False)[0].float()
-
-    def sample(self, noise, condition):
-        """x = G(e, c): noise e (B, 4, h, w) ~ N(0, 1) -> latents x (B, 4, h, w), float32."""
-        e = self.k * noise.float()
-        out = self.predict(e, self.t, condition)
-        if self.prediction == "epsilon":
-            return (e - math.sqrt(1 - self.abar) * out) / math.sqrt(self.abar)
-        if self.prediction == "v_prediction":
-            return math.sqrt(self.abar) * e - math.sqrt(1 - self.abar) * out
-        return out  # "sample": the network predicts x itself
-
-    def decode(self, latents):
-        """Latents (B, 4, h, w) -> pictures (B, 3, H, W) in [0, 1], float32; at most 8 at once."""
-        x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        pictures = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in x.split(8)])
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
-
-    @contextlib.contextmanager
-    def reference(self):
-        """Inside it the generator is the frozen base G_ref."""
-        before, self.switch["on"] = self.switch["on"], False
-        try:
-            yield
-        finally:
-            self.switch["on"] = before
-
-    def attention_layers(self):
-        """{name: nn.Linear} of the layers that the LoRA is added to."""
-        return {name: getattr(module, "base", module)
-                for name, module in self.unet.named_modules() if name.endswith(LORA_TARGETS)}
-
-    def add_lora(self, rank, alpha):
-        """A fresh LoRA, which changes nothing; returns the parameters that train."""
-        self.set_lora({name: LoRA(base, rank, alpha, self.switch)
-                       for name, base in self.attention_layers().items()})
-        return self.parameters()
-
-    def set_lora(self, layers):
-        """Put {name: LoRA} in the place of those that are there; {} takes the LoRA out."""
-        for name, base in self.attention_layers().items():
-            self.unet.set_submodule(name, layers.get(name, base))
-        self.lora = layers
-
-    def parameters(self):
-        """What trains."""
-        return [p for layer in self.lora.values() for p in (layer.down, layer.up)]
-
-    def save_lora(self, folder, **metadata):
-        """Write the LoRA for diffusers (pipe.load_lora_weights) and for A1111, ComfyUI, Forge."""
-        layers = {name: (layer.down.detach().cpu(), layer.up.detach().cpu(), float(layer.alpha))
-                  for name, layer in self.lora.items()}
-        metadata["base_model"] = self.name
-        if not self.xl and self.unet.config.cross_attention_dim == 1024:  # SD 2; for A1111
-            metadata["ss_v2"] = "True"
-        rewards.write_lora(folder, layers, self.xl, metadata)
-
-    def load_lora(self, path):
-        """Load a LoRA, ours or another's, from a folder or a file, whole -> the file's metadata."""
-        known, layers = self.attention_layers(), {}
-        metadata, found = rewards.read_lora(path, known, self.xl, self.name)
-        for name in filter(found.get, known):  # in the order of the network, not of the file
-            down, up, alpha = found[name]
-            layers[name] = LoRA(known[name], len(down), alpha, self.switch)
-            layers[name].down.data.copy_(down)
-            layers[name].up.data.copy_(up)
-        self.set_lora(layers)
-        return metadata
-
-
-def layout(name_or_path):
-    """The preset that fits a model: its own name, or sd-turbo / sdxl-turbo by its pipeline."""
-    if name_or_path in PRESETS:
-        return name_or_path
-    return "sdxl-turbo" if rewards.is_xl(rewards.model_index(name_or_path, MODELS)) else "sd-turbo"
-
-
-def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Config.unet,
-                   timestep=Config.timestep, prediction=Config.prediction):
-    """toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id -> Generator without a LoRA.
-
-    unet, timestep, prediction as in `Config`. UserError: what cannot be had or read whole."""
-    path = MODELS.get(name_or_path, name_or_path)
-    pipe = rewards.load_pipeline(str(path), rewards.model_index(path, MODELS), dtype)
-    if unet:
-        rewards.replace_unet(pipe.unet, unet)
-    G = Generator(pipe, device=device, dtype=dtype, timestep=timestep, prediction=prediction)
-    G.name = str(name_or_path)
-    return G
-
-
-# ===== 4. One update: (A) candidates, (B) targets, (C) the gradient carried back to the LoRA.
-# A field needs the candidates of its prompt alone: as many whole prompts as fit go through at once.
-# A larger prompt goes chunk by chunk, and (C) samples it once more. The gradient is the same.
-
-PHASES = {}  # seconds of each phase of the update in hand
-
-
-@contextlib.contextmanager
-def phase(name):
-    """Times what happens inside; waits for the GPU, else the next phase would be billed for it."""
-    began = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    key = f"seconds_{name}"
-    PHASES[key] = PHASES.get(key, 0.0) + time.perf_counter() - began
-
-
-def prompt_noise(seed, position, shape):
-    """Noise of one prompt, drawn on the CPU: the same on every device, for any micro-batch."""
-    g = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2 ** 63)
-    return torch.randn(shape, generator=g)
-
-
-def rows(condition, index):
-    """The rows `index` of a condition, a dict of tensors."""
-    return {name: value[index] for name, value in condition.items()}
-
-
-@dataclass
-class Batch:
-    """The P prompts of an update, what the generator is given for them, and how they are judged."""
-    prompts: list  # P strings
-    condition: dict  # tensors of P rows
-    noise: torch.Tensor  # (P, K, 4, h, w)
-    pairs: list = None  # offline: for each prompt and map its chosen and rejected (M, T, D)
-    watch: bool = False  # the watched rewards score it too
-
-
-@dataclass
-class Candidates:
-    """What (A) finds of n = P K pictures, prompt after prompt."""
-    x: torch.Tensor  # (n, 4, h, w) latents
-    x_ref: torch.Tensor  # (n, 4, h, w) of the base, from the same noise
-    z: list  # maps (n, T, D), with a graph where they went through at once
-    r: list  # maps (n, T, D) of the base
-    scores: dict  # {part of the reward: (n,)}
-
-
-def generate(G, phi, batch, first, count):
-    """Pictures first..first+count of a batch -> latents (B, 4, h, w), maps (B, T, D)."""
-    e = batch.noise.flatten(0, 1)[first:first + count]  # (B, 4, h, w)
-    prompt = torch.arange(first, first + len(e), device=G.device) // batch.noise.shape[1]
-    condition = rows(batch.condition, prompt)
-    with phase("sample"):
-        x = G.sample(e, condition)
-    with phase("features"):
-        return x, phi(x, condition)
-
-
-def candidates(G, phi, reward, batch, at_once):
-    """(A) Sample, decode, score; and the features of the candidates and of the base's pictures."""
-    parts = []
-    for first in range(0, batch.noise.shape[:2].numel(), at_once):
-        x, z = generate(G, phi, batch, first, at_once)
-        with torch.no_grad():
-            with G.reference():
-                x_ref, r = generate(G, phi, batch, first, at_once)
-            scores = score(G, reward, batch, x, first) if reward else {}
-        parts.append((x.detach(), x_ref, z, r, scores))
-    x, x_ref, z, r, scores = zip(*parts)
-    z = [torch.cat(chunks) for chunks in zip(*z)]
-    r = [torch.cat(chunks) for chunks in zip(*r)]
-    joined = {}
-    for name in scores[0]:
-        joined[name] = torch.cat([part[name] for part in scores])
-    return Candidates(torch.cat(x), torch.cat(x_ref), z, r, joined)
-
-
-def score(G, reward, batch, x, first):
-    """Latents x of the pictures from number `first` on -> {part of the reward: (B,)}."""
-    with phase("decode"):
-        pictures = G.decode(x)
-    if not pictures.isfinite().all():
-        raise UserError("the VAE gives NaN; try --dtype bf16 or fp32")
-    with phase("reward"):
-        K = batch.noise.shape[1]
-        prompts = [batch.prompts[i // K] for i in range(first, first + len(x))]
-        return reward.score(pictures, prompts, watch=batch.watch)
-
-
-@torch.no_grad()
-def targets(found, batch, reward, cfg):
-    """(B) Prompt by prompt: rank, field, target, and dL/dz, which needs no network.
-
-    -> for each map the gradient (n, T, D), and for each prompt a dict of figures."""
-    K = batch.noise.shape[1]
-    gradients = [torch.empty_like(z) for z in found.z]
-    figures = []
-    for p in range(len(batch.prompts)):
-        i = slice(p * K, (p + 1) * K)
-        x, x_ref = found.x[i].flatten(1), found.x_ref[i].flatten(1)  # (K, 4 h w)
-        of_prompt = {"within": mean_distance(distances(x, x)), "loss": 0,
-                     "within_ref": mean_distance(distances(x_ref, x_ref)),
-                     "distance": (x - x_ref).square().mean().sqrt()}
-        if reward:
-            native = {name: scores[i] for name, scores in found.scores.items()}
-            scores = reward.combine(native)  # (K,)
-            positive, negative = rank(scores, cfg.anchors)  # (K,)
-            of_prompt |= rewards.figures(scores, positive, negative, native)
-        for j in range(len(found.z)):
-            z = found.z[j][i].detach()  # (K, T, D)
-            if batch.pairs:
-                best, worst = batch.pairs[p][j]  # (m, T, D)
-            else:
-                best, worst = z[positive.to(z.device)], z[negative.to(z.device)]
-            vectors = [h.flatten(0, 1) for h in (z, found.r[j][i], best, worst)]  # (N, D), (M, D)
-            terms, rms = FIELDS[cfg.field](*vectors, cfg)
-            with torch.enable_grad():
-                loss = regression_loss(vectors[0].requires_grad_(), terms)
-                gradient, = torch.autograd.grad(loss, vectors[0])
-            gradients[j][i] = gradient.view_as(z)
-            of_prompt["loss"] += loss.detach()
-            for name, value in rms.items():  # mean over the maps
-                of_prompt[name] = of_prompt.get(name, 0) + value / len(found.z)
-        figures.append(of_prompt)
-    return gradients, figures
-
-
-def carry_back(G, phi, batch, found, gradients, at_once):
-    """(C) From the features through phi and G to the LoRA: adds to .grad, chunk by chunk."""
-    if found.z[0].requires_grad:  # the graph of (A) is there
-        with phase("backward"):
-            torch.autograd.backward(found.z, gradients)
-        return
-    for first in range(0, len(gradients[0]), at_once):
-        z = generate(G, phi, batch, first, at_once)[1]
-        with phase("backward"):
-            torch.autograd.backward(z, [gradient[first:first + at_once] for gradient in gradients])
-
-
-def drpo_gradient(G, phi, reward, batch, cfg, micro):
-    """One update's gradient, scaled by G.scaler, added to .grad of the LoRA -> dict of figures.
-
-    reward: `rewards.Reward`, or None with batch.pairs; micro: pictures at once."""
-    P, K = batch.noise.shape[:2]
-    together = max(1, micro // K)  # whole prompts at once
-    figures = []
-    for first in range(0, P, together):
-        i = slice(first, first + together)
-        part = replace(batch, prompts=batch.prompts[i], condition=rows(batch.condition, i),
-                       noise=batch.noise[i], pairs=batch.pairs and batch.pairs[i])
-        whole = len(part.prompts) * K <= micro
-        with torch.set_grad_enabled(whole):  # without a graph four times as many fit
-            found = candidates(G, phi, reward, part, micro if whole else 4 * micro)
-        with phase("field"):
-            gradients, of_prompts = targets(found, part, reward, cfg)
-        gradients = [G.scaler.scale(gradient / P) for gradient in gradients]
-        carry_back(G, phi, part, found, gradients, micro)
-        figures += of_prompts
-    means = rewards.mean_figures(figures)
-    means["diversity"] = means.pop("within") / max(means.pop("within_ref"), 1e-12)
-    return means
-
-
-@torch.no_grad()
-def pair_maps(G, phi, pair):
-    """An offline pair -> for each feature map, its chosen and rejected vectors (M, T, D)."""
-    prompt, *sides = pair
-    maps = []
-    for files in sides:
-        pictures = 2 * rewards.load_pictures(files, G.picture_side) - 1  # (M, 3, H, W)
-        x = G.vae.encode(pictures.to(G.device, G.vae.dtype)).latent_dist.mode().float()
-        x = x * G.vae.config.scaling_factor  # (M, 4, h, w)
-        condition = {name: c.expand(len(x), *c.shape[1:]) for name, c in G.encode([prompt]).items()}
-        maps.append(phi(x, condition))
-    return list(zip(*maps))
-
-
-def gradient_that_fits(G, phi, reward, batch, cfg, micro):
-    """`drpo_gradient`, its micro-batch halved whenever memory runs out -> figures, micro."""
-    while True:
-        try:
-            return drpo_gradient(G, phi, reward, batch, cfg, micro), micro
-        except torch.OutOfMemoryError:
-            if micro == 1:
-                raise UserError("out of GPU memory at --micro-batch 1: a smaller reward?") from None
-        micro = -(-micro // 2)  # outside of except: the exception holds the memory
-        print(f"out of GPU memory: going on with --micro-batch {micro}", file=sys.stderr)
-        for p in G.parameters():
-            p.grad = None
-        PHASES.clear()
-        torch.cuda.empty_cache()
-
-
-def fitting_micro_batch(G, phi, batch):
-    """How many pictures at once the free memory should hold, by the graph of one of them."""
-    most = batch.noise.shape[:2].numel()
-    if G.device.type != "cuda":
-        return min(most, max(64, batch.noise.shape[1]))
-    before = torch.cuda.memory_allocated()
-    graph = generate(G, phi, batch, 0, 1)
-    of_one = torch.cuda.memory_allocated() - before + 1
-    del graph
-    torch.cuda.empty_cache()
-    return max(1, min(most, int(0.8 * torch.cuda.mem_get_info()[0] / of_one)))
-
-
-# ===== 5. A run.
-
-def check(cfg):
-    """Settings that contradict each other or name nothing: one line, before anything is loaded."""
-    for item in cfg.features.split(","):
-        pick("feature", item.strip().partition("@")[0], FEATURES)
-    pick("kernel", cfg.kernel, KERNELS)
-    pick("field", cfg.field, FIELDS)
-    rules = [
-        ("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
-         f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
-        ("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
-         "positive numbers, as 0.2,0.5,1"),
-        ("micro_batch", cfg.micro_batch == "auto" or str(cfg.micro_batch).lstrip("0").isdecimal(),
-         "auto or a number of pictures"),
-        ("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")]
-    for f in fields(Config):
-        least = f.metadata["least"]
-        fits = least is None or least <= getattr(cfg, f.name) < 2 ** 63
-        rules.append((f.name, fits, f"a number, at least {least}"))
-    for name, holds, expected in rules:
-        if not holds:
-            name, value = name.replace("_", "-"), getattr(cfg, name)
-            raise UserError(f"--{name} is {value}; expected {expected}")
-
-
-def start(cfg):
-    """Device, seeds, torchrun's process group -> device, dtype, this process, processes."""
-    process, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} is not usable here, cpu is ({one_line(e)})") from None
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    rewards.seed_everything(cfg.seed)
-    return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
-
-
-def average_over_ranks(gradients, stopping):
-    """Average the gradients over torchrun's ranks in place, by one all-reduce; if one is to stop,
-    all stop together -> the signal, or 0."""
-    tensors = [*gradients, gradients[0].new_tensor([float(stopping)])]
-    flat = nn.utils.parameters_to_vector(tensors)
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as e:
-        raise UserError(f"another rank of this run ended, so this one stops ({one_line(e)})") from e
-    nn.utils.vector_to_parameters(flat / dist.get_world_size(), tensors)
-    return signal.SIGTERM if tensors[-1].item() else 0
-
-
-def next_batch(G, phi, cfg, position, prompts, pairs):
-    """The P prompts from `position` on: their order, new in each epoch, and their noise depend on
-    seed and position alone, whichever GPU asks."""
-    index, noise = [], []
-    for n in range(position, position + cfg.batch):
-        g = torch.Generator().manual_seed((cfg.seed * 1_000_003 + n // len(prompts)) % 2 ** 63)
-        index.append(int(torch.randperm(len(prompts), generator=g)[n % len(prompts)]))
-        noise.append(prompt_noise(cfg.seed, n, (cfg.candidates, *G.noise_shape)).to(G.device))
-    chosen = [prompts[i] for i in index]
-    maps = [pair_maps(G, phi, pairs[i]) for i in index] if pairs else None
-    return Batch(chosen, G.encode(chosen), torch.stack(noise), maps)
-
-
-def save(cfg, G, optimizer, at, folder):
-    """All that --resume needs, and the LoRA in the formats of others. at: {"step", "position"}."""
-    state = {"at": at, "random": rewards.random_states(), "optimizer": optimizer.state_dict(),
-             "weights": [p.detach().cpu() for p in G.parameters()], "scaler": G.scaler.state_dict()}
-    rewards.save_checkpoint(folder, state)
-    G.save_lora(folder, base_unet=cfg.unet, settings=json.dumps(asdict(cfg)))
-
-
-def load(cfg, G, optimizer):
-    """Put the newest whole checkpoint of --resume in place -> {"step", "position"}."""
-    state = rewards.newest_checkpoint(cfg.resume)
-    if [p.shape for p in G.parameters()] != [w.shape for w in state["weights"]]:
-        raise UserError(f"{cfg.resume}: its LoRA is of another base or --lora-rank")
-    for p, w in zip(G.parameters(), state["weights"]):
-        p.data.copy_(w)
-    optimizer.load_state_dict(state["optimizer"])
-    optimizer.param_groups[0]["lr"] = cfg.lr
-    G.scaler.load_state_dict(state["scaler"])
-    rewards.random_states(state["random"])
-    return state["at"]
-
-
-def train(cfg, reward=None):
-    """Run DrPO -> path of the run's folder. reward: a callable in place of cfg.reward."""
-    check(cfg)
-    device, dtype, process, world = start(cfg)
-    G = load_generator(cfg.model, device=device, dtype=dtype, unet=cfg.unet,
-                       timestep=cfg.timestep, prediction=cfg.prediction)
-    if cfg.compile:
-        G.compile_all()
-    phi = load_features(cfg.features, G)
-    pairs = rewards.load_pairs(cfg.pairs) if cfg.pairs else None
-    if pairs:
-        reward, prompts = None, [pair[0] for pair in pairs]
-    else:
-        prompts = rewards.load_prompts(cfg.prompts)
-        reward = rewards.load(reward or cfg.reward, device, cfg.watch)
-        cfg = replace(cfg, reward=reward.name)  # --resume must not take another for a callable
-    torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
-    parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=G.device.type == "cuda")
-    at = load(cfg, G, optimizer) if cfg.resume else {"step": 0, "position": 0}
-    save_in = partial(save, cfg, G, optimizer, at)
-    bad = stopping = 0
-    micro = 0 if cfg.micro_batch == "auto" else int(cfg.micro_batch)
-
-    with rewards.Stop() as stop, rewards.open_run(cfg, G, prompts, at, save_in) as folder:
-        while at["step"] < cfg.steps and not stopping and bad < 3:
-            began = time.perf_counter()
-            position = at["position"] + process * cfg.batch
-            batch = next_batch(G, phi, cfg, position, prompts, pairs)
-            batch.watch = at["step"] % cfg.watch_every == 0 or at["step"] == cfg.steps - 1
-            micro = micro or fitting_micro_batch(G, phi, batch)
-            metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
-
-            with phase("optimizer"):
-                stopping = stop.signal
-                if world > 1:
-                    stopping = average_over_ranks([p.grad for p in parameters], stopping)
-                G.scaler.unscale_(optimizer)
-                norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
-                if math.isfinite(norm):
-                    optimizer.step()
-                G.scaler.update()  # fp16: what was not finite halves the scale
-                optimizer.zero_grad()
-
-            bad = 0 if math.isfinite(norm) or G.scaler.get_scale() > 1 else bad + 1
-            at["step"] += 1
-            at["position"] += cfg.batch * world
-            if folder:
-                last = at["step"] == cfg.steps or stopping
-                folder.log({"step": at["step"], "seconds": time.perf_counter() - began, **metrics,
-                            "grad_norm": norm, "lr": cfg.lr, "applied": math.isfinite(norm),
-                            "micro_batch": micro, **PHASES}, show=last)
-                PHASES.clear()
-                if at["step"] % cfg.save_every == 0 or last:
-                    save_in(folder.path)
-                if last or cfg.preview_every and at["step"] % cfg.preview_every == 0:
-                    folder.preview(G, prompts, at["step"])
-        if bad == 3:
-            raise UserError("the gradient was not finite three times in a row (none was applied); "
-                            "try a lower --lr, or --dtype bf16")
-    if stopping:
-        sys.exit(128 + stopping)
-    return folder and folder.path
-
-
-def parse(argv):
-    """Command line -> Config: what is given, else the preset of the model, else the default; with
-    --resume the run's own settings in the place of both."""
-    parser = argparse.ArgumentParser(prog="drpo.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def fail(message):
-        raise UserError(f"{message} (python drpo.py --help lists the settings)")
-
-    parser.error = fail
-    for f in fields(Config):
-        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        kw = dict(default=argparse.SUPPRESS, help=text)
-        if f.type is bool:
-            kw["action"] = "store_true"
-        else:
-            kw.update(type=numbers if f.type is tuple else f.type, choices=f.metadata["choices"])
-        parser.add_argument("--" + f.name.replace("_", "-"), **kw)
-    given = vars(parser.parse_args(argv))
-    if "resume" not in given:
-        model = given.setdefault("model", Config.model)
-        return Config.preset(layout(model), **given)
-    saved = rewards.read_config(given["resume"])
-    own = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
-    return Config(**{**own, "out": "", **given})
-
-
-def numbers(text):
-    """'0.2,0.5,1' -> a tuple of floats."""
-    return tuple(float(number) for number in text.split(","))
-
-
-def main(argv=None):
-    """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
-    try:
-        train(parse(argv))
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # where a rank ends early this might wait for the others
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is intact", file=sys.stderr)
-        sys.exit(130)
+def channels_last(decoder):
+    """The VAE decoder in the layout in which tensor cores convolve."""
+    decoder.to(memory_format=torch.channels_last)
+    for name, norm in list(decoder.named_modules()):
+        if type(norm) is nn.GroupNorm:
+            other = ChannelsLastGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
+            other.weight, other.bias = norm.weight, norm.bias
+            decoder.set_submodule(name, other)
 
 
 if __name__ == "__main__":

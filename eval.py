@@ -1,11 +1,10 @@
 """Did it help? A tuned model against its base, on the same prompts and the same noise.
 
-    python eval.py RUN_OR_LORA ...           tables, win rates, pictures -> RUN/eval/, RUN/curve.png
+    python eval.py RUN_OR_LORA ...           tables, win rates, pictures -> RUN/eval/
     python eval.py runs/toy --best-of 16     ... beside picking the best of 16 pictures of the base
     python eval.py runs/a runs/b --rewards pickscore,aesthetic --prompts my.txt
     python eval.py runs/a --judge "http://host:8000/v1?model=NAME"
     python eval.py runs/toy --generate "a red circle" --generate "three blue squares"
-    python eval.py --curve runs/toy          the curve alone, also while the run is going on
 
 All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 resamples, fixed seed).
     difference          mean of tuned minus base, picture by picture (same prompt, same noise)
@@ -23,13 +22,14 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 import drpo
 import rewards
@@ -96,21 +96,27 @@ NOISE_SEED = 1_000_003  # added to --seed: a run's own noise comes from small se
 
 
 def generate(G, prompts, n, seed, at_once):
-    """n pictures of each prompt by the generator as it stands, `at_once` at a time: yields flat
-    indices p n + i, latents (B, 4, h, w), pictures (B, 3, H, W) in [0, 1]. Noise i of prompt p
-    depends on (seed, p, i) alone."""
-    for first in range(0, len(prompts), at_once):
-        condition = G.encode(prompts[first:first + at_once])
-        flat = torch.arange(first * n, min(first + at_once, len(prompts)) * n)
-        for chunk in flat.split(at_once):
+    """n pictures of each prompt by the generator as it stands, about `at_once` at a time.
+
+    Yields for some whole prompts their indices, latents (P, n, D) and lists of n PIL pictures.
+    Noise i of prompt p depends on (seed, p, i) alone."""
+    together = max(1, at_once // n)
+    for first in range(0, len(prompts), together):
+        index = range(first, min(first + together, len(prompts)))
+        condition = G.encode([prompts[p] for p in index])
+        latents, pictures = [], []
+        for chunk in torch.arange(len(index) * n).split(at_once):
             noise = []
             for f in chunk.tolist():
-                position = f // n * 2 ** 20 + f % n
+                position = index[f // n] * 2 ** 20 + f % n
                 noise.append(drpo.prompt_noise(seed + NOISE_SEED, position, G.noise_shape))
-            owner = (chunk // n - first).to(G.device)
             with torch.no_grad():
-                x = G.sample(torch.stack(noise).to(G.device), drpo.rows(condition, owner))
-                yield chunk.tolist(), x, G.decode(x)
+                rows = drpo.rows(condition, (chunk // n).to(G.device))
+                x = G.sample(torch.stack(noise).to(G.device), rows)
+                pictures += rewards.to_pil(G.decode(x))
+            latents.append(x.flatten(1).float().cpu())
+        x = torch.cat(latents).unflatten(0, (len(index), n))
+        yield list(index), x, [pictures[p * n:(p + 1) * n] for p in range(len(index))]
 
 
 class Pictures:
@@ -119,28 +125,26 @@ class Pictures:
 
     def __init__(self, G, prompts, n, args, reward):
         """n pictures of each prompt; kept are those that the report shows or a judge looks at."""
-        latents, found = [], {}  # {("scores", name) or ("right", name): parts}
-        self.kept, self.scores, self.right = {}, {}, {}
+        latents, scores, right = [], {}, {}
+        self.kept = {}
         self.seconds, began = 0.0, time.perf_counter()
-        for flat, x, images in generate(G, prompts, n, args.seed, args.batch):
-            pictures = rewards.to_pil(images)
-            texts = [prompts[f // n] for f in flat]
+        for index, x, pictures in generate(G, prompts, n, args.seed, args.batch):
             self.seconds += time.perf_counter() - began
-            latents.append(x.flatten(1).float().cpu())
+            latents.append(x)
+            images = [image for row in pictures for image in row]
+            texts = [prompts[p] for p in index for _ in range(n)]
             for name, values in reward.score(images, texts).items():
-                found.setdefault(("scores", name), []).append(values)
-            for name, part in reward.parts.items():
-                if hasattr(part, "correct"):
-                    copies = [picture.copy() for picture in pictures]
-                    verdicts = np.array(part.correct(copies, list(texts)), dtype=float)  # None: NaN
-                    found.setdefault(("right", name), []).append(torch.from_numpy(verdicts).float())
-            for f, picture in zip(flat, pictures):
-                if f % n % args.samples == 0 and (args.judge or f // n in args.shown):
-                    self.kept[f // n, f % n] = picture
+                scores.setdefault(name, []).append(values.view(-1, n))
+            for name in checkers(reward):
+                verdicts = verdicts_of(name, reward.parts[name], images, texts)
+                right.setdefault(name, []).append(verdicts.view(-1, n))
+            for p, row in zip(index, pictures):
+                if args.judge or p in args.shown:
+                    self.kept.update({(p, i): row[i] for i in range(0, n, args.samples)})
             began = time.perf_counter()
-        self.x = torch.cat(latents).reshape(len(prompts), n, -1)
-        for (kind, name), parts in found.items():
-            getattr(self, kind)[name] = torch.cat(parts).reshape(len(prompts), n)
+        self.x = torch.cat(latents)
+        self.scores = {name: torch.cat(parts) for name, parts in scores.items()}
+        self.right = {name: torch.cat(parts) for name, parts in right.items()}
 
     def take(self, index):
         """Keep of the candidates (P, N) those with numbers index (P, S)."""
@@ -149,6 +153,33 @@ class Pictures:
             for name, values in table.items():
                 table[name] = values.gather(1, index)
         self.kept = {(p, 0): self.kept[p, int(index[p, 0])] for p, _ in self.kept}
+
+
+def checkers(reward):
+    """The names of the parts of a reward that tell right from wrong."""
+    return [name for name, part in reward.parts.items() if callable(getattr(part, "correct", None))]
+
+
+def verdicts_of(name, part, images, prompts):
+    """part.correct on copies of the pictures -> (B,) of 1, 0 and NaN (not judged)."""
+    try:
+        with rewards.world_kept():
+            found = list(part.correct([image.copy() for image in images], list(prompts)))
+        if len(found) != len(images):
+            raise ValueError(f"{len(found)} verdicts for {len(images)} images")
+        return torch.tensor([np.nan if one is None else float(bool(one)) for one in found])
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"reward {name!r}: correct(images, prompts) failed ({rewards.one_line(e)}); "
+                        "it gives True, False or None for each image") from e
+
+
+def tag_of(part, prompt):
+    """The task of a prompt as text; without a tag function all are of one."""
+    if not callable(getattr(part, "tag", None)):
+        return "all"
+    return str(part.tag(prompt))
 
 
 def best_index(reward, ranked, scores, samples):
@@ -162,26 +193,24 @@ def best_index(reward, ranked, scores, samples):
 
 def open_run(path):
     """A run's folder or a LoRA file -> its settings; "model" is the base it was made for."""
-    path = Path(path)
+    path = Path(rewards.absolute(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or LoRA file")
-    metadata = rewards.lora_metadata(path)
-    saved = {}
+    metadata = drpo.read_lora(path)[1]
+    saved = {"model": metadata["drpo_base"], "unet": metadata.get("unet", ""),
+             "timestep": int(metadata.get("timestep", -1)),
+             "prediction": metadata.get("prediction", "")}
     if (path / "config.json").is_file():
-        saved = rewards.read_config(path)
-    elif metadata.get("settings"):  # a file of ours carries them
-        saved = json.loads(metadata["settings"])
-    saved["file"] = rewards.lora_file(path)
-    saved["made_for"] = metadata.get("base_model", "")
-    saved["unet"] = saved.get("unet") or metadata.get("base_unet", "")
-    saved["model"] = saved.get("model") or saved["made_for"]
+        saved.update(drpo.read_config(path))
+    saved["file"] = path
+    saved["made_for"] = metadata["drpo_base"]
     return saved
 
 
 def load_tuned(G, saved, any_base):
     """Put a run's LoRA into the generator, whose reference stays the base."""
     made_for = saved["made_for"]
-    if made_for and Path(made_for).name != Path(G.name).name and not any_base:
+    if Path(made_for).name != Path(G.name).name and not any_base:
         raise UserError(f"{saved['file']} was made for the base {made_for}, not for {G.name} "
                         "(--any-base tries it all the same)")
     G.load_lora(saved["file"])
@@ -205,18 +234,18 @@ def choose_rewards(args, runs):
     reward, or the first of --rewards."""
     specs = []
     for run in runs:
-        specs += filter(None, (run.get("reward"), run.get("watch")))
+        specs += [run[name] for name in ("reward", "watch") if run.get(name)]
     if args.rewards:
-        specs = [args.rewards]
+        specs = [rewards.absolute_spec(args.rewards)]
     if not specs:
         raise UserError("no rewards to score by: name them, --rewards pickscore,aesthetic")
     weights = {}
     for spec in specs:
-        for name, weight in rewards.parse(spec).items():
-            weights.setdefault(name, weight)
+        weights = {**rewards.parse(spec), **weights}
     ranked = rewards.parse(specs[0])
     if args.rewards:
-        ranked = dict(list(ranked.items())[:1])
+        first = next(iter(ranked))
+        ranked = {first: ranked[first]}
     parts = {name: rewards.build(name, args.device) for name in weights}
     return rewards.Reward(",".join(weights), parts, ranked), list(ranked)
 
@@ -232,25 +261,32 @@ def prepare(args):
     is missing, cheap things first."""
     if not args.runs:
         raise UserError("name a run's folder or a LoRA file (python eval.py --help)")
-    if min(args.samples, args.batch, args.best_of) < 1:
-        raise UserError("--samples, --batch and --best-of are at least 1")
-    runs = list(map(open_run, args.runs))
-    bases = {(args.model or run["model"], run["unet"]) for run in runs}
-    if len(bases) > 1:
-        names = ", ".join(sorted(map(" ".join, bases)))
-        raise UserError(f"runs of different bases ({names}): evaluate them one base at a time")
-    (model, unet), = bases
-    if not model:
-        raise UserError(f"{args.runs[0]} does not say which base it was made for: give --model")
+    for name in ("samples", "batch", "best_of", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()
+        (args.out / ".writable").unlink()
+    except OSError as e:
+        raise UserError(f"--out {args.out}: {e.strerror}; name another folder") from e
+    runs = [open_run(path) for path in args.runs]
+    for name in ("model", "unet", "timestep", "prediction"):
+        values = {run[name] for run in runs}
+        if len(values) > 1 and not (name == "model" and args.model):
+            raise UserError(f"runs of different bases, --{name} is {' and '.join(map(str, values))}: "
+                            "evaluate them one base at a time")
+    model = args.model or runs[0]["model"]
     if not args.prompts:
-        args.prompts = "scenes-test" if drpo.layout(model) == "toy" else "pickapic-test"
+        args.prompts = "scenes-test" if drpo.preset_of(model) == "toy" else "pickapic-test"
     prompts = args.generate or list(dict.fromkeys(rewards.load_prompts(args.prompts)))
     prompts = evenly(prompts, args.limit or len(prompts))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
     dtype = args.dtype.replace("auto", "bf16" if args.device.startswith("cuda") else "fp32")
-    one_step = {name: runs[0][name] for name in ("timestep", "prediction") if name in runs[0]}
-    G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], unet=unet, **one_step)
+    G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], unet=runs[0]["unet"],
+                            timestep=runs[0]["timestep"], prediction=runs[0]["prediction"])
     return G, runs, prompts
 
 
@@ -263,9 +299,9 @@ def figures(base, other, reward, prompts):
              "per_prompt": {}}
     for name in base.right:
         a, b = base.right[name].numpy(), other.right[name].numpy()  # (P, N)
-        tags = np.array([str(reward.parts[name].tag(prompt)) for prompt in prompts])
+        tags = np.array([tag_of(reward.parts[name], prompt) for prompt in prompts])
         groups = {"all": tags != "None"}
-        for tag in sorted(set(tags) - {"None"}):
+        for tag in sorted(set(tags) - {"None", "all"}):
             groups[tag] = tags == tag
         found["accuracy"][name] = {tag: {**compare(a[of], b[of]), "prompts": int(of.sum())}
                                    for tag, of in groups.items()}
@@ -280,7 +316,6 @@ def evaluate(args):
     """Base and every run on the same prompts and noise -> the report, written to args.out as well."""
     G, runs, prompts = prepare(args)
     reward, ranked = choose_rewards(args, runs)
-    args.out.mkdir(parents=True, exist_ok=True)
     args.shown = evenly(range(len(prompts)), 8)
     speed, columns = {}, {}
 
@@ -305,14 +340,13 @@ def evaluate(args):
               "ranked": ranked, "rewards": list(reward.parts), "texts": prompts, "columns": {}}
     for label, column in columns.items():
         report["columns"][label] = figures(columns["base"], column, reward, prompts)
-    if args.judge:
+    write_report(args.out, report, speed, columns, args.shown)
+    if args.judge:  # which may fail, and costs: what is known is on the disk before
         for label in list(columns)[1:]:
             before = [columns["base"].kept[p, 0] for p in range(len(prompts))]
             after = [columns[label].kept[p, 0] for p in range(len(prompts))]
             report["columns"][label]["judge"] = judge(args.judge, prompts, before, after)
-    write_report(args.out, report, speed, columns, args.shown)
-    for path in args.runs:
-        draw_curve(rewards.read_metrics(path), Path(path) / "curve.png")
+        write_report(args.out, report, speed, columns, args.shown)
     return report
 
 
@@ -329,8 +363,33 @@ def write_report(out, report, speed, columns, shown):
             row = [marked(picture, float(verdicts[p, 0])) for picture, p in zip(row, shown)]
         rows.append(row)
     captions = [report["texts"][p] for p in shown]
-    rewards.picture_grid(rows, captions, list(columns)).save(out / "grid.png")
+    picture_grid(rows, captions, list(columns)).save(out / "grid.png")
     print(f"\n{text}\nwritten: {out}/report.json, report.md, grid.png")
+
+
+def picture_grid(rows, captions, labels):
+    """Rows of PIL pictures under captions (one a column), labels at the left -> one PIL picture."""
+    width = rows[0][0].width
+    side = 256 if width >= 256 else width * max(1, 160 // width)  # small ones by a whole factor
+    font = ImageFont.load_default(13)
+    bold = ImageFont.load_default(14)
+    texts = ["\n".join(textwrap.wrap(caption, side // 7)[:4]) for caption in captions]
+    labels = ["\n".join(textwrap.wrap(label, 14)) for label in labels]
+    top = 14 + 17 * max(text.count("\n") + 1 for text in texts)
+    left = 18 + max(int(bold.getlength(line)) for label in labels for line in label.split("\n"))
+    size = left + len(captions) * (side + 5), top + len(rows) * (side + 5)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for column, text in enumerate(texts):  # captions stand on the pictures
+        draw.multiline_text((left + column * (side + 5), top - 6), text, "#22262e", font, "ld", 3)
+    for y, pictures, label in zip(range(top, size[1], side + 5), rows, labels):
+        draw.multiline_text((8, y + side // 2), label, "#22262e", bold, "lm", 3)
+        for column, picture in enumerate(pictures):
+            method = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            x = left + column * (side + 5)
+            grid.paste(picture.resize((side, side), method), (x, y))
+            draw.rectangle((x, y, x + side - 1, y + side - 1), outline="#d5d8de")
+    return grid
 
 
 def marked(picture, verdict):
@@ -424,15 +483,20 @@ or Answer: B, or Answer: tie"""
 def judge(address, prompts, base, tuned):
     """Ask about each pair of PIL pictures in both orders -> counts, and the win rate of tuned.
 
-    A pair scores the mean of its two answers: opposite ones are a tie; one without an answer drops
-    the pair."""
+    A pair scores the mean of its two answers: opposite ones are a tie; one without an answer, or
+    with an error in its place, drops the pair, and a line says how many."""
     vlm = rewards.Vlm(address)
+    troubles = []
 
     def ask(prompt, a, b):  # -> 1 for A, 0 for B, 0.5 for a tie, NaN for no answer
         content = [{"type": "text", "text": QUESTION.format(prompt=prompt)}]
         for name, image in (("A", a), ("B", b)):
             content += [{"type": "text", "text": f"Picture {name}:"}, rewards.image_part(image)]
-        reply = re.sub(r"[*_`]", "", vlm.ask(content) or "")
+        try:
+            reply = re.sub(r"[*_`]", "", vlm.ask(content))
+        except UserError as e:
+            troubles.append(e)
+            return np.nan
         found = re.findall(r"answer\W*(a|b|tie)\b", reply, re.I) or re.findall(r"^\W*(a|b|tie)\W*$", reply, re.I)
         return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else np.nan
 
@@ -445,6 +509,8 @@ def judge(address, prompts, base, tuned):
                         ("no_answer", np.isnan(score)),
                         ("order_decided", np.abs(first + second - 1) == 1)):  # twice the same place
         found[name] = int(which.sum())
+    if troubles:
+        print(f"{len(troubles)} questions got no answer: {troubles[0]}", file=sys.stderr)
     return found
 
 
@@ -459,102 +525,18 @@ def side_by_side(args):
         if saved:
             load_tuned(G, saved, args.any_base)  # before it the generator is the base
         row = []
-        for _, _, images in generate(G, prompts, each, args.seed, args.batch):
-            row += rewards.to_pil(images)
+        for _, _, pictures in generate(G, prompts, each, args.seed, args.batch):
+            row += [picture for of_prompt in pictures for picture in of_prompt]
         for n, picture in enumerate(row):
-            picture.save(args.out / "generate" / f"{n // each:02d}-{n % each}-{file_name(label)}.png")
+            name = f"{n // each:02d}-{n % each}-{file_name(label)}.png"
+            picture.save(args.out / "generate" / name)
         rows.append(row)
     captions = [prompts[n // each] if n % each == 0 else "" for n in range(len(prompts) * each)]
-    rewards.picture_grid(rows, captions, names).save(args.out / "generate.png")
+    picture_grid(rows, captions, names).save(args.out / "generate.png")
     print(f"written: {args.out}/generate.png, and the pictures in {args.out}/generate/")
 
 
-# ===== 6. The curve of a run.
-
-INK, FAINT, GRID = "#22262e", "#707784", "#e4e6eb"
-BLUE, PALE_BLUE, ORANGE, GREEN = "#2563c9", "#dbe6f8", "#c9622b", "#2f8f5b"
-PANEL = 880, 620  # pixels of a panel at twice its size: halving smooths the lines
-
-
-def series(metrics, key):
-    """[(step, value)] of the finite numbers under a key."""
-    return [(m["step"], m[key]) for m in metrics
-            if isinstance(m.get(key), (int, float)) and np.isfinite(m[key])]
-
-
-def draw_curve(metrics, path):
-    """curve.png of a run: the reward's mean within best to worst, every watched reward, and
-    diversity, over steps."""
-    keys = {"reward_mean": ("reward (band: best to worst of a prompt)", BLUE)}
-    for key in sorted(set().union(*metrics)):
-        if key.startswith("watch/"):
-            keys[key] = f"watched: {key[6:]}", ORANGE
-    keys["diversity"] = "diversity within a prompt (base 1)", GREEN
-    panels = []
-    for key, (title, color) in keys.items():
-        band = []
-        if key == "reward_mean":
-            worst = dict(series(metrics, "reward_worst"))
-            band = [(step, worst.get(step, v), v) for step, v in series(metrics, "reward_best")]
-        if series(metrics, key):
-            panels.append((title, series(metrics, key), color, band))
-    if not panels:
-        return
-    image = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1]), "white")
-    for n, panel in enumerate(panels):
-        draw_panel(ImageDraw.Draw(image), n * PANEL[0], panel, metrics[-1]["step"])
-    file = path.with_suffix(".tmp.png")
-    image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(file)
-    file.replace(path)
-
-
-def ticks(low, high, most=5, least=1e-12):
-    """Round numbers that cover low..high: a step of 1, 2 or 5 times a power of ten, at least `least`."""
-    for step in np.outer(10.0 ** np.arange(-12, 13), (1, 2, 5)).flat:
-        if (high - low) / step <= most and step >= least:
-            break
-    return np.arange(np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6) + 1) * step
-
-
-def draw_panel(draw, x0, panel, last):
-    """One diagram over steps 0..last at x0: title, [(step, value)], colour, [(step, low, high)]."""
-    title, points, color, band = panel
-    small = ImageFont.load_default(24)
-    left, right = x0 + 110, x0 + PANEL[0] - 36
-    top, bottom = 80, PANEL[1] - 84
-    values = np.append(np.array(points)[:, 1], np.array(band).reshape(-1, 3)[:, 1:])
-    spare = 0.0 if values.max() > values.min() else abs(values.max()) * 0.05 + 1e-3
-    ys = ticks(values.min() - spare, values.max() + spare)
-
-    def place(step, v):
-        height = (v - ys[0]) / (ys[-1] - ys[0])
-        return left + step / last * (right - left), bottom - height * (bottom - top)
-
-    if len(band) > 1:
-        upper = [place(step, high) for step, _, high in band]
-        lower = [place(step, low) for step, low, _ in band]
-        draw.polygon(upper + lower[::-1], PALE_BLUE)
-    for v in ys:
-        draw.line((*place(0, v), *place(last, v)), GRID, 2)
-        draw.text((left - 14, place(0, v)[1]), f"{v:.6g}", FAINT, small, anchor="rm")
-    for step in ticks(0, last, 6, least=1):
-        if step <= last:
-            draw.text((place(step, ys[0])[0], bottom + 14), f"{step:.6g}", FAINT, small, anchor="mt")
-    draw.text((left, 18), title, INK, ImageFont.load_default(30))
-    draw.text(((left + right) / 2, PANEL[1] - 10), "step", FAINT, small, anchor="mb")
-    half = len(points) // 30 if len(points) > 40 else 0  # prompts differ: a mean over pale dots
-    pale = tuple((np.array(ImageColor.getrgb(color)) + 2 * 255) // 3) if half else color
-    means = []
-    for i, (step, v) in enumerate(points):
-        x, y = place(step, v)
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), pale)
-        around = np.array(points[max(0, i - half):i + half + 1])
-        means.append(place(step, around[:, 1].mean()))
-    if len(means) > 1:
-        draw.line(means, color, 5, joint="curve")
-
-
-# ===== 7. The command line.
+# ===== 6. The command line.
 
 def parse(argv):
     """Command line -> settings, with device and the folder of the output filled in."""
@@ -563,7 +545,7 @@ def parse(argv):
     p.add_argument("runs", nargs="*", metavar="RUN_OR_LORA", help="folders of runs, or LoRA files, of one base")
     p.add_argument("--model", default="", help="the base; default: what the run or the file says")
     p.add_argument("--prompts", default="", help="built-in name or file; default: scenes-test, or pickapic-test")
-    p.add_argument("--limit", type=int, default=0, help="evaluate so many of the prompts, evenly picked")
+    p.add_argument("--limit", type=int, help="evaluate so many of the prompts, evenly picked")
     p.add_argument("--rewards", default="", help="names, comma-separated; default: those of the run")
     p.add_argument("--samples", type=int, default=8, help="pictures a prompt [%(default)s]")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
@@ -571,7 +553,6 @@ def parse(argv):
     p.add_argument("--best-of", type=int, default=1, metavar="N", help="a column: the best of N of the base")
     p.add_argument("--judge", default="", metavar="URL", help="vision model, http://host:port/v1?model=NAME")
     p.add_argument("--generate", action="append", metavar="PROMPT", help="pictures side by side, no report")
-    p.add_argument("--curve", default="", metavar="RUN", help="draw RUN/curve.png, also while it trains")
     p.add_argument("--batch", type=int, default=16, help="pictures at once [%(default)s]")
     p.add_argument("--device", default=device, help="[%(default)s]")
     p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
@@ -582,26 +563,23 @@ def parse(argv):
 
     p.error = fail
     args = p.parse_args(argv)
-    first = Path(args.runs[0] if args.runs else ".")
-    args.out = Path(args.out or (first if first.is_dir() else first.parent) / "eval")
+    first = Path(rewards.absolute(args.runs[0] if args.runs else "."))
+    if not args.out:
+        args.out = (first if first.is_dir() else first.parent) / "eval"
+    args.out = Path(rewards.absolute(args.out))
+    if args.prompts not in rewards.PROMPTS and args.prompts:
+        args.prompts = rewards.absolute(args.prompts)
     return args
 
 
 def main(argv=None):
     """python eval.py ...; what the user can mend ends with one line and exit code 2."""
-    try:
+    with rewards.one_line_errors():
         args = parse(argv)
-        if args.curve:
-            rewards.read_config(args.curve)
-            draw_curve(rewards.read_metrics(args.curve), Path(args.curve) / "curve.png")
-            print(f"written: {args.curve}/curve.png")
-        elif args.generate:
+        if args.generate:
             side_by_side(args)
         else:
             evaluate(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rewards: any black box that can score a picture, and what is read from outside.
+"""Rewards: any black box that can score a picture, and what it is given: prompts and pictures.
 
 Drifting Preference Optimization only RANKS the candidates of a prompt, so a reward may be a model,
 a program, a server, a judge or a person. The whole contract is one call:
@@ -16,15 +16,17 @@ A spec is `name[=weight],name[=weight],...` where a name is one of
     my_file.py:function              a function(images, prompts), or a class, made without arguments
     package.module:name              the same from a module on the path or in this folder
     http://127.0.0.1:8000            a reward served by `python rewards.py serve NAME`
-    vlm@http://host:8000/v1?model=m  an OpenAI-compatible judge
+    vlm@http://host:8000/v1?model=m  an OpenAI-compatible judge (see `vlm`)
 The weight is what follows the last `=`; in the query of a URL the first `=` of a pair is the pair's
 own: `vlm@http://host/v1?model=m=0.5` has weight 0.5. Names hold no comma.
 
-Optional attributes of a reward callable: `batch_size` (at most so many pictures a call);
-`score_tensor(images, prompts)`, which takes the pictures as a float tensor (B,3,H,W) in [0,1];
-and, where right and wrong can be told, `correct(images, prompts)` -> list of bool (None: not
-judged) and `tag(prompt)` -> its task. Each reward gets copies of its own: what it does to them, no
-other sees.
+All pictures of a prompt come in one call, so a reward may compare them. Optional attributes of a
+reward: `batch_size` (at most so many pictures a call, if it cannot take more);
+`score_tensor(images, prompts)`, which takes the pictures as a float tensor (B, 3, H, W) in [0, 1];
+`run_folder`, set to the run's folder before the first call; and, where right and wrong can be
+told, `correct(images, prompts)` -> list of bool (None: not judged) and `tag(prompt)` -> its task.
+What a reward does to its input, to torch's global settings or to the working directory, no other
+sees.
 
     python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py list
@@ -36,14 +38,16 @@ OPENAI_API_KEY (bearer token of the judge).
 """
 import argparse
 import base64
-import binascii
+import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import hmac
 import html
 import http.client
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -52,32 +56,23 @@ import logging
 import math
 import numbers
 import os
-import random
 import re
-import shutil
-import signal
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
-from functools import lru_cache, partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 
@@ -91,34 +86,61 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a program: a UserError ends it with one line and exit code 2, and a terminal that is
+    gone or lacks a letter is no fault of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is intact", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # python drpo.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def pick(kind, name, options, also=""):
+    """options[name] (name itself where they are no dict), or one line with the nearest names."""
+    if name in options:
+        return options[name] if isinstance(options, dict) else name
+    near = ", ".join(difflib.get_close_matches(str(name), options, 3, 0.4) or options)
+    raise UserError(f"unknown {kind} {name!r}; did you mean {near}?{f' ({also})' if also else ''}")
+
+
 # ===== loading, checking, combining
 
 def load(spec, device="cpu", watch=""):
     """A spec (see the top of the file), or a callable -> Reward; watch: a spec of rewards that are
     scored on request and never ranked on. UserError: unknown name, bad weight, missing files."""
     if callable(spec):
-        name = spec.__name__ if hasattr(spec, "__name__") else type(spec).__name__
-        weights = {name: 1.0}
-        parts = {name: spec}
+        name = getattr(spec, "__name__", type(spec).__name__)
+        weights, parts = {name: 1.0}, {name: spec}
+        spec = CALLABLE + name
     else:
-        name = str(spec)
         weights = parse(spec)
         parts = {part: build(part, device) for part in weights}
     watched = {}
     for part in parse(watch) if watch else ():
         watched[part] = parts[part] if part in parts else build(part, device)
-    return Reward(name, parts, weights, watched)
+    return Reward(str(spec), parts, weights, watched)
+
+
+CALLABLE = "callable:"  # how a run notes a reward that was given as an object
 
 
 def parse(spec):
     """`name[=weight],...` -> {name: weight}: finite, not 0, and 1.0 where none is given."""
     weights = {}
     for item in str(spec).split(","):
-        name = item.strip()
-        weight = "1"
-        last_pair = re.search(r"\?(?:.*&)?(.*)", name)
-        if name.count("=") and (last_pair is None or last_pair[1].count("=") > 1):
-            name, _, weight = (text.strip() for text in name.rpartition("="))
+        name, weight = split_weight(item.strip())
         if not name:
             raise UserError(f"reward {spec!r}: an item without a name; write name[=weight],...")
         if name in weights:
@@ -128,35 +150,69 @@ def parse(spec):
         except ValueError:
             raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} is not a number") from None
         if not math.isfinite(weights[name]) or weights[name] == 0:
-            raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} says nothing; expected a "
-                            "finite number that is not 0 (to log a reward only: --watch)")
+            raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} says nothing; "
+                            "expected a finite number, not 0 (to log a reward only: --watch)")
     return weights
+
+
+def split_weight(item):
+    """`name=weight` or `name` -> name, weight as text. A = inside a path or a query is the name's."""
+    name, _, weight = (text.strip() for text in item.rpartition("="))
+    last_pair = re.search(r"\?(?:.*&)?(.*)", item)
+    in_query = last_pair is not None and last_pair[1].count("=") < 2
+    in_path = "/" in weight or weight.partition(":")[0].endswith(".py")
+    return (item, "1") if "=" not in item or in_query or in_path else (name, weight)
+
+
+def absolute(path):
+    """A path that does not depend on the working directory; ~ is the home folder."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_spec(spec):
+    """A spec whose files are named by absolute paths, where there are such."""
+    items = []
+    for item in spec.split(","):
+        name, weight = split_weight(item.strip())
+        tail = item.strip()[len(name):]
+        known, at, path = name.partition("@")
+        if at and known in REWARDS and "://" not in path and os.path.exists(absolute(path)):
+            name = f"{known}@{absolute(path)}"
+        file, colon, attribute = name.rpartition(":")
+        if file.endswith(".py") and os.path.exists(absolute(file)):
+            name = absolute(file) + colon + attribute
+        items.append(name + tail)
+    return ",".join(items)
 
 
 def build(name, device="cpu"):
     """One name of a spec -> its callable. UserError with the nearest names if it is none."""
     if name.startswith(("http://", "https://")):
         return Http(name)
+    if name.startswith(CALLABLE):
+        raise UserError(f"this run's reward was the callable {name[len(CALLABLE):]!r}: give one, "
+                        "--reward file.py:function, or drpo.train(cfg, reward=...)")
     known, _, path = name.partition("@")
     if known in REWARDS:
-        return REWARDS[known](device, path or None)
+        with world_kept():
+            return REWARDS[known](device, path or None)
     source, _, attribute = name.rpartition(":")
     if source and attribute.isidentifier():
         return user_reward(name, source, attribute)
-    near = difflib.get_close_matches(known, REWARDS, n=3, cutoff=0.5)
-    hint = (f"name what it holds, {name}:function" if name.endswith(".py")
-            else "for all names: python rewards.py list")
-    raise UserError(f"unknown reward {name!r}{'; nearest: ' + ', '.join(near) if near else ''}; {hint}")
+    near = ", ".join(difflib.get_close_matches(known, REWARDS, n=3, cutoff=0.5))
+    hint = "for all names: python rewards.py list"
+    if name.endswith(".py"):
+        hint = f"name what it holds, {name}:function"
+    raise UserError(f"unknown reward {name!r}{f'; nearest: {near}' if near else ''}; {hint}")
 
 
 def user_reward(name, source, attribute):
     """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
     try:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        module = import_file(source) if source.endswith(".py") else importlib.import_module(source)
-        reward = getattr(module, attribute)
-        reward = reward() if inspect.isclass(reward) else reward
+        with world_kept():
+            module = import_file(source) if source.endswith(".py") else import_module(source)
+            reward = getattr(module, attribute)
+            reward = reward() if inspect.isclass(reward) else reward
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
     try:
@@ -168,31 +224,71 @@ def user_reward(name, source, attribute):
     return reward
 
 
+def import_module(name):
+    """A module on the path or in this folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+LOADED = {}  # path of a reward's file: (its digest, its module)
+
+
 def import_file(path):
-    """A .py file -> its module, as Python would import it: by its own name, inside its package. So a
-    spawned process finds it again, and a neighbour called rewards.py is the neighbour's."""
-    path = Path(path).resolve()
+    """A .py file -> its module. What it imports may lie beside it. Its name is its own where that
+    is free, so that spawned processes find it, else one that nobody has."""
+    path = Path(absolute(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    root = path.parent
-    name = path.stem
-    while (root / "__init__.py").exists():
-        root, name = root.parent, f"{root.name}.{name}"
-    aside = {}
-    for other, module in list(sys.modules.items()):
-        neighbour = root / f"{other}.py"
-        if other != "__main__" and neighbour.is_file():
-            origin = getattr(module, "__file__", None)
-            if not origin or not os.path.samefile(origin, neighbour):
-                aside[other] = sys.modules.pop(other)
-    sys.path.insert(0, str(root))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if LOADED.get(path, [""])[0] == digest:
+        return LOADED[path][1]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     importlib.invalidate_caches()
+    found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
+    own = found is not None and found.origin == str(path)
+    name = path.stem if own else f"reward_{digest[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        return importlib.import_module(name)
+        spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
+    LOADED[path] = digest, sys.modules[name]
+    return sys.modules[name]
+
+
+def autocast(device):
+    """Reads and sets torch's autocast of a device."""
+    return (functools.partial(torch.is_autocast_enabled, device),
+            functools.partial(torch.set_autocast_enabled, device))
+
+
+GLOBALS = [  # (read, set) of what a reward could change for everybody
+    (os.getcwd, os.chdir), (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled), autocast("cpu"), autocast("cuda"),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.get_num_threads, torch.set_num_threads)]
+
+
+@contextlib.contextmanager
+def world_kept():
+    """Puts back what the code inside may change for everybody: the working directory, torch's
+    default dtype and device, gradient mode, autocast, precision, threads."""
+    before = [read() for read, _ in GLOBALS]
+    device = torch.get_default_device()
+    try:
+        yield
     finally:
-        sys.path.remove(str(root))
-        sys.path.append(str(root))
-        sys.modules.update(aside)
+        for (read, put), value in zip(GLOBALS, before):
+            if read() != value:
+                put(value)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 class Reward:
@@ -217,31 +313,30 @@ class Reward:
         return combined
 
     def score(self, images, prompts, watch=False):
-        """images: list of B PIL images, or a float tensor (B,3,H,W) in [0,1] on any device; prompts:
-        list of B strings -> {part: float64 CPU tensor (B,)}, native scales; with watch also
+        """images: list of B PIL images, or a float tensor (B, 3, H, W) in [0, 1] on any device;
+        prompts: B strings -> {part: float64 CPU tensor (B,)}, native scales; with watch also
         {"watch/NAME": (B,)}. UserError: a part raised, or did not give B real numbers."""
         if len(images) != len(prompts):
             raise UserError(f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts")
         tensor = isinstance(images, torch.Tensor)
         if tensor and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
-            raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in [0,1], "
-                            f"not {images.dtype} {tuple(images.shape)}")
+            raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in "
+                            f"[0,1], not {images.dtype} {tuple(images.shape)}")
         parts = dict(self.parts)
         if watch:
-            parts |= {f"watch/{name}": part for name, part in self.watched.items()}
+            parts.update({f"watch/{name}": part for name, part in self.watched.items()})
         pictures = None if tensor else images
         scores = {}
         for name, part in parts.items():
             call = getattr(part, "score_tensor", None) if tensor else None
             if not call and pictures is None:
                 pictures = to_pil(images)
-            size = getattr(part, "batch_size", None) or max(len(prompts), 1)
-            chunks = [torch.empty(0, dtype=torch.float64)]
-            for i in range(0, len(prompts), size):
-                chunk = slice(i, i + size)  # copies: what a part does to them no other sees
-                own = images[chunk].clone() if call else [image.copy() for image in pictures[chunk]]
-                chunks.append(checked(name, call or part, own, list(prompts[chunk])))
-            scores[name] = torch.cat(chunks)
+            values = [torch.empty(0, dtype=torch.float64)]
+            for i in whole_prompts(prompts, getattr(part, "batch_size", None)):
+                # copies: what a part does to them no other sees
+                own = images[i].clone() if call else [image.copy() for image in pictures[i]]
+                values.append(checked(name, call or part, own, list(prompts[i])))
+            scores[name] = torch.cat(values)
         return scores
 
     def combine(self, scores):
@@ -259,6 +354,21 @@ class Reward:
         return total.masked_fill(silent, math.nan)
 
 
+def whole_prompts(prompts, size=None):
+    """Slices of at most `size` pictures that cut between prompts; a larger prompt is cut as well."""
+    slices = []
+    first = 0
+    size = size or max(len(prompts), 1)
+    while first < len(prompts):
+        last = min(first + size, len(prompts))
+        ends = [i for i in range(first + 1, last + 1)
+                if i == len(prompts) or prompts[i] != prompts[i - 1]]
+        last = ends[-1] if ends else last
+        slices.append(slice(first, last))
+        first = last
+    return slices
+
+
 def z_score(values):
     """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all are equal."""
     values, known = values.double(), ~values.isnan()
@@ -271,164 +381,251 @@ def z_score(values):
     return torch.where(high > low, offset / std, 0)
 
 
-@torch.no_grad()
 def checked(name, call, images, prompts):
     """call(images, prompts), which must give len(images) real numbers or NaN -> float64 (B,)."""
     try:
-        values = call(images, prompts)
+        with torch.no_grad(), world_kept():
+            values = call(images, prompts)
     except (UserError, torch.OutOfMemoryError):  # the caller may know a smaller batch
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
-    says = f"reward {name!r}: returned"
-    rule = "a reward returns one float an image"
-    if isinstance(values, torch.Tensor) and values.ndim == 1:
-        if values.dtype == torch.bool or values.is_complex() or values.layout != torch.strided:
-            raise UserError(f"{says} a tensor of {values.dtype}, {values.layout}; {rule}")
-        if values.device.type == "meta":
-            raise UserError(f"{says} a meta tensor, which holds no values; {rule}")
-        values = values.detach().cpu().to(torch.float64).tolist()
-    if isinstance(values, (torch.Tensor, np.ndarray)):
-        if values.ndim != 1:
-            raise UserError(f"{says} an array of shape {tuple(values.shape)} for {len(images)} images; {rule}")
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise UserError(f"{says} {type(values).__name__}; {rule}")
-    if len(values) != len(images):
-        raise UserError(f"{says} {len(values)} scores for {len(images)} images; {rule}")
-    scores = torch.empty(len(values), dtype=torch.float64)
-    for i, value in enumerate(values):
-        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            shown = " ".join(repr(value).split())[:40]
-            raise UserError(f"{says} {shown} ({type(value).__name__}) for image {i}; {rule}, NaN = no opinion")
-        if math.isinf(value):
-            raise UserError(f"{says} {value} for image {i}; a score is finite, or NaN for no opinion")
-        scores[i] = float(value)
-    return scores
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.tolist()
+        if isinstance(values, np.ndarray):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)) or len(values) != len(images):
+            count = f"{len(values)} scores" if isinstance(values, (list, tuple)) else ""
+            raise ValueError(f"{count or type(values).__name__} for {len(images)} images")
+        return torch.tensor([number_of(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"reward {name!r}: returned {' '.join(str(error).split())[:120]}; a reward "
+                        "returns one finite float an image, NaN for no opinion") from error
 
 
-def figures(scores, positive, negative, native):
-    """What a run logs of one prompt's scores: combined (K,), the anchors' masks, {part: (K,)}."""
-    known = scores[~scores.isnan()]
-    of_prompt = {"reward_mean": known.mean(), "reward_std": (known - known.mean()).square().mean().sqrt(),
-                 "reward_best": known.max() if len(known) else math.nan,
-                 "reward_worst": known.min() if len(known) else math.nan,
-                 "gap": scores[positive].mean() - scores[negative].mean(),
-                 "skipped": 1 - float(positive.any() and negative.any())}
-    for name, values in native.items():
-        if name.startswith("watch/"):
-            of_prompt[name] = values.nanmean()
-        elif len(native) - sum(key.startswith("watch/") for key in native) > 1:
-            of_prompt[f"part/{name}"] = values.nanmean()
-    return of_prompt
+def number_of(value):
+    """A score as a float. ValueError: it is none, or not finite."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{value!r:.40} ({type(value).__name__})")
+    if math.isinf(float(value)):
+        raise ValueError(f"{value}")
+    return float(value)
 
 
-def mean_figures(figures):
-    """Dicts of numbers or (R,) tensors, one a prompt -> their means; NaN: a prompt without an opinion."""
-    means = {}
-    for name in figures[0]:
-        values = [torch.as_tensor(of_prompt[name]).float().cpu() for of_prompt in figures]
-        means[name] = torch.stack(values).nanmean(0).tolist()
-    return means
+# ===== files from the web, from a hub, or from a local copy
+
+@contextlib.contextmanager
+def reading(source, hint):
+    """Turns whatever goes wrong inside into one line that names the source and says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # torn and foreign files fail in many ways
+        text = f"{type(e).__name__} {e} {e.__cause__}"
+        if re.search(r"\b40[13]\b|Gated|RepositoryNotFound", text):
+            raise UserError(f"{source} is gated or private, or does not exist (HTTP 401, 403 or 404): "
+                            "accept its terms at https://huggingface.co, then: hf auth login") from e
+        raise UserError(f"{source} could not be read ({one_line(e)}); {hint}") from e
 
 
-# ===== files from the web or from a local copy
+def write_atomic(path, data):
+    """Bytes beside `path`, then renamed: nobody reads half a file, a full disk spoils nothing.
 
-def pick(kind, name, options, also=""):
-    """options[name] (name itself where the options are a tuple), or one line with the nearest names."""
-    if name in options:
-        return options[name] if isinstance(options, dict) else name
-    near = difflib.get_close_matches(str(name), options, 3, 0.4) or list(options)
-    raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(near)}?{f' ({also})' if also else ''}")
+    data: bytes, or a function that writes into the file it is given. UserError: not written."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as f:
+            data(f) if callable(data) else f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:  # torch.save makes the first the second
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise UserError(f"{path} could not be written ({one_line(e)}); what was there is intact") from e
 
 
 def fetch(url, sha256):
     """Path of a file of the web, fetched once into ~/.cache/drpo (or $DRPO_CACHE) and checked."""
     cache = Path(os.environ.get("DRPO_CACHE", Path.home() / ".cache" / "drpo"))
     path = cache / sha256[:12] / url.rsplit("/", 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fetching {url}", file=sys.stderr)
-        try:
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"fetching {url}, once", file=sys.stderr)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"{url} could not be fetched ({e}); put the file at {path} and start again") from e
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and it will be fetched again")
+            print(f"fetched {path}", file=sys.stderr)
+        right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{url} could not be fetched ({one_line(e)}); put the file at {path} and start "
+                        "again (DRPO_CACHE names another folder)") from e
+    if not right:
+        raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and start again")
     return path
 
 
-def write_atomic(path, data, keep=None):
-    """Bytes beside `path`, then renamed: a reader never sees half a file, a full disk spoils
-    nothing. What was there before stays as `keep`."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+def quiet_libraries():
+    """diffusers and transformers say nothing of their own: what goes wrong is said by us, in one
+    line. The bars of downloads, which they would switch off as well, stay."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()
+
+
+WEIGHTS = re.compile(  # of a network: file, half precision, part of several, kind, index
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(\.fp16)?(?:-\d+-of-\d+)?(\.fp16)?"
+    r"\.(safetensors|bin)(?:\.index(?:\.fp16)?\.json)?")
+
+
+def wanted_files(names, folders, without_weights=()):
+    """The files of a repository that its folders need: configs and tokenizers, and of the weights
+    of each network one kind alone: .safetensors before .bin, half precision before full."""
+    wanted = []
+    for folder in folders:
+        kinds = {}
+        for name in names:
+            parent, _, file = name.rpartition("/")
+            match = WEIGHTS.fullmatch(file)
+            if parent != folder:
+                continue
+            if match:
+                kinds.setdefault((match[3] == "bin", ".fp16" not in file), []).append(name)
+            elif file.endswith((".json", ".txt", ".model")) and ".index." not in file:
+                wanted.append(name)
+        if kinds and folder not in without_weights:
+            wanted += kinds[min(kinds)]
+    return wanted
+
+
+def hub_folder(repo, folders=("",), without_weights=()):
+    """A local folder with what `wanted_files` names of a repository of the hub, fetched once."""
+    return from_hub(repo, lambda names: wanted_files(names, folders, without_weights))
+
+
+def hub_file(repo, name):
+    """A local path of one file of a repository of the hub, fetched once."""
+    return Path(from_hub(repo, lambda names: [name])) / name
+
+
+def from_hub(repo, choose):
+    """Fetches the files of a repository that choose(names) picks, each with a bar on a terminal,
+    and says how much is to come; offline, what an earlier start fetched -> folder."""
+    import huggingface_hub as hub
     try:
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({e.strerror}); what was saved before is intact") from e
+        info = hub.HfApi().model_info(repo, files_metadata=True)
+    except (hub.errors.RepositoryNotFoundError, hub.errors.GatedRepoError):
+        raise
+    except Exception as e:  # no network, HF_HUB_OFFLINE=1, a hub that is down
+        try:
+            return hub.snapshot_download(repo, local_files_only=True)
+        except Exception:
+            raise e from None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    wanted = choose(list(sizes))
+    missing = [name for name in wanted
+               if not isinstance(hub.try_to_load_from_cache(repo, name, revision=info.sha), str)]
+    if missing:
+        size = sum(sizes.get(name, 0) for name in missing) / 1e9
+        print(f"fetching {repo}, {size:.2g} GB, once", file=sys.stderr, flush=True)
+    folder = None
+    for name in wanted:
+        path = Path(hub.hf_hub_download(repo, name))
+        folder = path.parents[name.count("/")]
+    if missing:
+        print(f"fetched {repo}", file=sys.stderr, flush=True)
+    return str(folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def fetching(name, files, repo, path):
-    """Turns whatever goes wrong while `files` are loaded into one line that says where they come from."""
+    """`reading` of a reward's files: the line says where they come from."""
     source = path or f"https://huggingface.co/{repo}"
-    try:
+    hint = f"for a local copy give {name}@/path/to/folder"
+    with reading(f"reward {name!r}: {files} of {source}", hint):
         if path and not Path(path).exists():
             raise FileNotFoundError("no such file or folder")
-        yield
-    except Exception as error:
-        raise UserError(f"reward {name!r}: cannot load {files} from {source} ({one_line(error)}); "
-                        f"for a local copy give {name}@/path/to/folder") from error
-
-
-def hub_trouble(name, error):
-    """What went wrong with a model of the hub, or with a local one, in one line."""
-    text = f"{type(error).__name__} {error} {error.__cause__}"
-    if re.search(r"\b40[13]\b|Gated", text):
-        return (f"{name} is gated or private, or does not exist (HTTP 401 or 403): accept its terms at "
-                f"https://huggingface.co/{name}, then: hf auth login")
-    return f"{name} could not be loaded ({one_line(error)})"
+        try:
+            yield
+        except UserError as e:  # of `fetch`
+            raise UserError(f"reward {name!r}: {e}; {hint}") from e
 
 
 def repo_file(repo, filename, path):
-    """A file of a hub repository: `path` itself if it is a file, the file in it if it is a folder, else a download."""
+    """A file of a hub repository: `path` if it is a file, the file in that folder, or a download."""
     if path:
         return Path(path) / filename if Path(path).is_dir() else Path(path)
-    from huggingface_hub import hf_hub_download
-    return hf_hub_download(repo, filename)
+    return hub_file(repo, filename)
 
 
-def tokenizer_at(repo, path, max_length):
-    """The tokenizer in folder `path` if one lies there, else of the hub's `repo`, as a function of a list of texts ->
-    input_ids and attention_mask, (B, max_length)."""
+def read_weights(path):
+    """A .safetensors file, or one of torch whose code is never run -> its content."""
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def tokenizer_at(repo, path, max_length, **options):
+    """The tokenizer in folder `path` if one lies there, else of the hub's `repo`, as a function of
+    a list of texts -> input_ids and attention_mask, (B, max_length)."""
     from transformers import AutoTokenizer
-    here = path and any((Path(path) / f).exists() for f in ("tokenizer_config.json", "tokenizer.json", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(path if here else repo)
-    return lambda texts: tokenizer(texts, padding="max_length", truncation=True, max_length=max_length,
-                                   return_tensors="pt")
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
+    here = path and any((Path(path) / name).exists() for name in names)
+    source = path if here else from_hub(repo, lambda files: [
+        name for name in files if name in (*names, "merges.txt", "config.json",
+                                           "special_tokens_map.json")])
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    return lambda texts: tokenizer(texts, padding="max_length", truncation=True,
+                                   max_length=max_length, return_tensors="pt")
 
 
-UNUSED = re.compile(r"\bswin\.layernorm\.(weight|bias)$")  # a last norm that transformers 5.9 added: no feature uses it
+# weights that may be missing or left over: buffers of old files, and a last norm that transformers
+# 5.9 added to Swin and no feature uses
+UNUSED = re.compile(r"(.*\.)?position_ids|.*\bswin\.layernorm\.(weight|bias)")
+
+
+def whole(cls, source, **options):
+    """cls.from_pretrained(source), its weights neither missing nor left over, frozen. `source` is
+    None when the options bring config and state_dict. ValueError: not whole."""
+    if cls.__module__.startswith("diffusers"):
+        options["torch_dtype"] = options.pop("dtype")
+    model, report = cls.from_pretrained(source, output_loading_info=True, **options)
+    for trouble in ("missing", "unexpected"):
+        keys = sorted(key for key in report[f"{trouble}_keys"] if not UNUSED.fullmatch(key))
+        if keys:
+            part = options.get("subfolder", cls.__name__)
+            raise ValueError(f"{part}: {len(keys)} {trouble} weights, {keys[0]} first")
+    return model.eval().requires_grad_(False)
 
 
 def frozen(cls, source, **options):
-    """cls.from_pretrained(source) in float32 on the CPU, in eval mode. `source` is None when the options bring config
-    and state_dict. A weight that the source lacks is an error, never random."""
+    """cls.from_pretrained(source) in float32 on the CPU. A weight that the source lacks is an error,
+    never random; what a larger model has besides (a decoder) is left out."""
     model, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    missing = sorted(key for key in report["missing_keys"] if not UNUSED.search(key))
+    missing = sorted(key for key in report["missing_keys"] if not UNUSED.fullmatch(key))
     if missing:
         raise ValueError(f"{len(missing)} weights missing, {missing[0]} first")
     return model.eval().requires_grad_(False)
+
+
+def hub_model(class_name, source):
+    """A frozen network of transformers from a folder or the hub, its weights whole."""
+    import transformers
+    quiet_libraries()
+    with reading(f"features: {source}", "for a local copy give NAME@/path/to/folder"):
+        folder = source if Path(source).is_dir() else hub_folder(source)
+        return frozen(getattr(transformers, class_name), folder)
 
 
 def half_on(device):
@@ -437,15 +634,18 @@ def half_on(device):
 
 
 def linear_head(weights, prefix, device):
-    """The heads of the LAION predictor and of ImageReward: linear layers 0, 2, 4, 6, 7 with nothing between them (the
-    numbers left out were dropouts) -> function (B, D) -> (B,) in float32."""
-    layers = [[weights[f"{prefix}layers.{i}.{kind}"].to(device, torch.float32) for kind in ("weight", "bias")]
-              for i in (0, 2, 4, 6, 7)]
+    """The heads of the LAION predictor and of ImageReward: linear layers 0, 2, 4, 6, 7 with nothing
+    between them (the numbers left out were dropouts) -> function (B, D) -> (B,) in float32."""
+    layers = []
+    for i in (0, 2, 4, 6, 7):
+        layers.append([weights[f"{prefix}layers.{i}.{kind}"].to(device, torch.float32)
+                       for kind in ("weight", "bias")])
 
     def head(x):
         for weight, bias in layers:
             x = F.linear(x.float(), weight, bias)
         return x.squeeze(-1)
+
     return head
 
 
@@ -464,6 +664,7 @@ def no_files(reward):
         if path:
             raise UserError(f"reward {reward.__name__!r}: it takes no path")
         return reward
+
     factory.__doc__ = reward.__doc__
     return factory
 
@@ -495,12 +696,13 @@ def incompressibility(images, prompts):
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=95)
         return file.tell() / 1000
+
     with ThreadPoolExecutor(8) as pool:  # the encoder releases the interpreter lock
         return list(pool.map(kilobytes, images))
 
 
 def jpeg(images, prompts):
-    """Compressibility, the negative of incompressibility: smooth, simple pictures. The prompt is ignored.
+    """Compressibility, the negative of incompressibility: smooth, simple pictures.
 
     model    none
     licence  none
@@ -520,81 +722,79 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_H = {  # open_clip's ViT-H-14, which PickScore and HPSv2 are tuned from
     "projection_dim": 1024,
-    "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                        hidden_act="gelu", projection_dim=1024),
-    "vision_config": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-                          hidden_act="gelu", projection_dim=1024, patch_size=14),
-}
+    "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                        num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
+    "vision_config": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                          num_attention_heads=16, hidden_act="gelu", projection_dim=1024,
+                          patch_size=14)}
 
 
-@lru_cache
+@functools.lru_cache
 def constants(channels, device):
     """Three numbers as (3,1,1) on the device; kept there, since sending them makes the GPU wait."""
     return torch.tensor(channels, device=device).view(3, 1, 1)
 
 
 def clip_pixels(images, device, size=224, fit="floor"):
-    """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP does.
+    """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP
+    does.
 
-    fit "floor": the short side becomes `size` and the middle is cut out, an odd pixel left at the far side as in
-    transformers; "round": cut as torchvision does (other by a pixel for some shapes, never for squares); "pad": the
-    long side becomes `size`, the rest is black, in float and resized once, as HPSv2 does. A tensor goes through the
-    same arithmetic as PIL's bicubic filter, rounding between its two passes included, so that a picture scores the
-    same before and after it is saved. Pillow 13 itself resizes some shapes unlike Pillow 11 (300x801: 13% of the
-    values, by up to 8 levels); against Pillow 13 a smooth 768x768 differs in 0.42% of the values, a checkerboard in
-    4.5%, by one level."""
-    if isinstance(images, torch.Tensor):
-        batches = [images.to(device)]
-    else:
-        batches = images
+    fit "floor": the short side becomes `size` and the middle is cut out, an odd pixel left at the
+    far side as in transformers; "round": cut as torchvision does (other by a pixel for some shapes,
+    never for squares); "pad": the long side becomes `size`, the rest is black, in float and resized
+    once, as HPSv2 does. A tensor goes through the same arithmetic as PIL's bicubic filter, rounding
+    between its two passes included: a picture scores the same before and after it is saved."""
+    batches = [images.to(device)] if isinstance(images, torch.Tensor) else images
     resize = pad_resize if fit == "pad" else crop_resize
+    whole_number = round if fit == "round" else int
     squares = []
     for batch in batches:
         x = resize(batch, size)  # (b,3,h,w), 0..1
-        left = (size - x.shape[-1]) / 2
-        top = (size - x.shape[-2]) / 2  # negative: cuts
-        left, top = (int(round(left)), int(round(top))) if fit == "round" else (int(left), int(top))
-        squares.append(F.pad(x, (left, size - x.shape[-1] - left, top, size - x.shape[-2] - top)))
-    mean = constants(CLIP_MEAN, device)
-    std = constants(CLIP_STD, device)
-    return (torch.cat([x.to(device) for x in squares]) - mean) / std
+        left = whole_number((size - x.shape[-1]) / 2)
+        top = whole_number((size - x.shape[-2]) / 2)  # negative: cuts
+        x = F.pad(x, (left, size - x.shape[-1] - left, top, size - x.shape[-2] - top))
+        squares.append(x.to(device))
+    return (torch.cat(squares) - constants(CLIP_MEAN, device)) / constants(CLIP_STD, device)
 
 
 def pad_resize(image, size):
-    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic, antialiased, not clamped."""
+    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic,
+    antialiased, not clamped."""
     x = as_tensor(image)[None] if isinstance(image, Image.Image) else image.float().clamp(0, 1)
-    scale = size / max(x.shape[-2:])  # the product v * (size / longest), which rounds otherwise for 85 x 320
-    return F.interpolate(x, [round(v * scale) for v in x.shape[-2:]], mode="bicubic", antialias=True)
+    scale = size / max(x.shape[-2:])  # the product v * (size / longest) rounds otherwise for 85 x 320
+    shape = [round(v * scale) for v in x.shape[-2:]]
+    return F.interpolate(x, shape, mode="bicubic", antialias=True)
 
 
 def crop_resize(image, size):
-    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the short side `size`: 8 bits and PIL's bicubic filter."""
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the short side `size`: 8 bits and PIL's bicubic
+    filter."""
+    is_pil = isinstance(image, Image.Image)
+    width, height = image.size if is_pil else (image.shape[-1], image.shape[-2])
     short = min(width, height)
-    width = int(size * width / short)
-    height = int(size * height / short)
-    if isinstance(image, Image.Image):
+    width, height = int(size * width / short), int(size * height / short)
+    if is_pil:
         small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         return as_tensor(small)[None]
     x = (image.float().clamp(0, 1) * 255).round()
     for shape in ((x.shape[-2], width), (height, width)):  # columns, then rows
-        x = F.interpolate(x, size=shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
+        x = F.interpolate(x, size=shape, mode="bicubic", antialias=True)
+        x = x.add(0.5).floor().clamp(0, 255)
     return x / 255
 
 
 class Clip:
     """A frozen CLIPModel and its tokenizer: unit embeddings of pictures and texts in float32.
 
-    The embedding of each prompt is computed once and kept: all candidates of a prompt share it.
-    """
+    The embedding of each prompt is computed once and kept: all candidates of a prompt share it."""
 
     def __init__(self, model, tokenize, device, fit="floor"):
         self.tokenize = tokenize
         self.fit = fit
         self.known = {}
         self.size = model.config.vision_config.image_size
-        self.scale = model.logit_scale.float().exp().item()
-        self.model = model.to(device, half_on(device))  # after the scale: in half precision it would be 0.2% off
+        self.scale = model.logit_scale.float().exp().item()  # in half precision it is 0.2% off
+        self.model = model.to(device, half_on(device))
 
     @torch.no_grad()
     def image(self, images):
@@ -611,8 +811,8 @@ class Clip:
             self.known = {}
             new = list(dict.fromkeys(texts))
         for i in range(0, len(new), 256):
-            # padding comes after the token that is pooled, and attention looks back only: no mask is needed. One, or a
-            # copy that blocks, would make the host wait for the GPU
+            # padding comes after the token that is pooled, and attention looks back only: no mask
+            # is needed. One, or a copy that blocks, would make the host wait for the GPU
             tokens = self.tokenize(new[i:i + 256])["input_ids"].to(self.model.device, non_blocking=True)
             pooled = self.model.text_model(input_ids=tokens).pooler_output
             embeds = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
@@ -627,8 +827,10 @@ class Clip:
 def clip_at(name, repo, device, path, fit="floor"):
     """CLIP from a folder or the hub -> Clip."""
     from transformers import CLIPModel
+    quiet_libraries()
     with fetching(name, "config.json, model.safetensors and the tokenizer", repo, path):
-        return Clip(frozen(CLIPModel, path or repo), tokenizer_at(repo, path, 77), device, fit)
+        model = frozen(CLIPModel, path or hub_folder(repo))
+        return Clip(model, tokenizer_at(repo, path, 77), device, fit)
 
 
 def pickscore(device="cpu", path=None):
@@ -637,10 +839,11 @@ def pickscore(device="cpu", path=None):
     model    yuvalkirstain/PickScore_v1 (CLIP ViT-H-14)
     licence  MIT (code)
     size     3.9 GB
-    scale    exp(logit_scale) * cosine, 20 to 23: the scale is about 100, so these are papers' "PickScore x 100"
+    scale    exp(logit_scale) * cosine, 20 to 23: the scale is about 100, so these are papers'
+             "PickScore x 100"
     source   Kirstain et al. 2023, arXiv 2305.01569
-    compared the model card's code, transformers: 7e-6 of a spread of 1.9; fp16 (on a GPU; the original runs float32)
-             costs 0.0074 of a spread of 0.27, order kept
+    compared the model card's code, transformers: 7e-6 of a spread of 1.9; fp16 (on a GPU; the
+             original runs float32) costs 0.0074 of a spread of 0.27, order kept
     path     a copy of the repository
     """
     model = clip_at("pickscore", PICKSCORE, device, path)
@@ -675,61 +878,66 @@ def aesthetic(device="cpu", path=None):
     size     1.7 GB
     scale    4 to 7 of 1 to 10
     source   github.com/christophschuhmann/improved-aesthetic-predictor 6934dd81
-    compared that repository's code with the real head, random CLIP: the same crops; fp16 costs 0.002, order kept
-    path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth) and a copy of CLIP
+    compared that repository's code with the real head, random CLIP: the same crops; fp16 costs
+             0.002, order kept
+    path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth)
+             and a copy of CLIP
     """
-    file = Path(path) if path else None
-    if file and file.is_dir():
+    file, folder = path, None
+    if path and Path(path).is_dir():
         names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
-        file = next((file / name for name in names if (file / name).exists()), file / names[0])
-    with fetching("aesthetic", "the head", "trl-lib/ddpo-aesthetic-predictor", path):
-        weights = torch.load(file or fetch(*AESTHETIC), map_location="cpu", weights_only=True)
-        head = linear_head(weights, "", device)
-    model = clip_at("aesthetic", CLIP_L, device, path if path and Path(path).is_dir() else None, "round")
-    return takes_tensors(torch.no_grad()(lambda images, prompts: head(model.image(images))), 256)
+        there = [Path(path) / name for name in names if (Path(path) / name).exists()]
+        file, folder = there[0] if there else Path(path) / names[0], path
+    with fetching("aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "trl-lib/ddpo-aesthetic-predictor", path):
+        head = linear_head(read_weights(file or fetch(*AESTHETIC)), "", device)
+    model = clip_at("aesthetic", CLIP_L, device, folder, "round")
+    return takes_tensors(lambda images, prompts: head(model.image(images)), 256)
 
 
 def hpsv2(device="cpu", path=None):
     """Human preference, version 2.1; pictures that are not square are padded with black.
 
-    model    HPS_v2.1_compressed.pt of xswu/HPSv2 (CLIP ViT-H-14), tokenizer of yuvalkirstain/PickScore_v1
+    model    HPS_v2.1_compressed.pt of xswu/HPSv2 (CLIP ViT-H-14), tokenizer of PickScore_v1
     licence  Apache-2.0
     size     2.0 GB
     scale    cosine, 0.25 to 0.31
     source   Wu et al. 2023, arXiv 2306.09341
-    compared hpsv2 1.2.0 of PyPI: pictures 0.0 levels apart; texts, 3 of 25,432 Pick-a-Pic prompts get other tokens.
-             Figures of HPSv2 depend on antialiasing: without it scores move by up to 0.021
-    path     the .pt file of version 2.1 or 2.0 (HPS_v2_compressed.pt, which DrPO's authors use), or a folder with the
-             2.1 file and, to stay off the hub, the files of any CLIP tokenizer
+    compared hpsv2 1.2.0 of PyPI: pictures 0.0 levels apart; texts, 3 of 25,432 Pick-a-Pic prompts
+             get other tokens. Without antialiasing scores move by up to 0.021
+    path     the .pt file of version 2.1 or 2.0 (HPS_v2_compressed.pt, which DrPO's authors use), or
+             a folder with the 2.1 file and, to stay off the hub, the files of any CLIP tokenizer
     """
     from transformers import CLIPConfig, CLIPModel
-    repo = "xswu/HPSv2"
-    file = "HPS_v2.1_compressed.pt"
-    with fetching("hpsv2", file, repo, path):
-        weights = torch.load(repo_file(repo, file, path), map_location="cpu", weights_only=True)["state_dict"]
-        model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=from_open_clip(weights))
+    quiet_libraries()
+    with fetching("hpsv2", "HPS_v2.1_compressed.pt", "xswu/HPSv2", path):
+        file = repo_file("xswu/HPSv2", "HPS_v2.1_compressed.pt", path)
+        state = from_open_clip(read_weights(file)["state_dict"])
+        model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=state)
     with fetching("hpsv2", "the tokenizer", PICKSCORE, None):
         tokenize = tokenizer_at(PICKSCORE, path, 77)
-        model = Clip(model, lambda texts: tokenize([repaired(text) for text in texts]), device, "pad")
+    model = Clip(model, lambda texts: tokenize([repaired(text) for text in texts]), device, "pad")
     return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
 
 
 def repaired(text):
-    """What open_clip's tokenizer does to a text first, without ftfy: HTML entities, quotes, wide letters, ligatures."""
+    """What open_clip's tokenizer does to a text first, without ftfy: HTML entities, quotes, wide
+    letters, ligatures."""
     text = html.unescape(html.unescape(text))
     text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
     text = re.sub("[\u201c-\u201f]", '"', text)
-    text = re.sub("[\uff01-\uff5e\u3000\ufb00-\ufb06]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
+    wide = "[\uff01-\uff5e\u3000\ufb00-\ufb06]"
+    text = re.sub(wide, lambda found: unicodedata.normalize("NFKC", found[0]), text)
     return unicodedata.normalize("NFC", text).strip()
 
 
 OPEN_CLIP_NAMES = [  # (open_clip's, transformers')
-    ("transformer.resblocks.", "encoder.layers."), ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-    ("class_embedding", "embeddings.class_embedding"), ("token_embedding", "embeddings.token_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"), ("conv1", "embeddings.patch_embedding"),
-    ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
-]
+    ("transformer.resblocks.", "encoder.layers."), ("attn.out_proj", "self_attn.out_proj"),
+    ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"), ("class_embedding", "embeddings.class_embedding"),
+    ("token_embedding", "embeddings.token_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("conv1", "embeddings.patch_embedding"), ("ln_pre", "pre_layrnorm"),
+    ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm")]
 
 
 def renamed(key, pairs):
@@ -759,15 +967,16 @@ def from_open_clip(weights):
 
 # ===== ImageReward
 
-BLIP_TEXT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-                 vocab_size=30524, layer_norm_eps=1e-12, encoder_hidden_size=1024)
-BLIP_VISION = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-                   patch_size=16, image_size=224, layer_norm_eps=1e-6)
+BLIP_TEXT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                 intermediate_size=3072, vocab_size=30524, layer_norm_eps=1e-12,
+                 encoder_hidden_size=1024)
+BLIP_VISION = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                   intermediate_size=4096, patch_size=16, image_size=224, layer_norm_eps=1e-6)
 BLIP_NAMES = [  # (ImageReward's, transformers')
     ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
-    ("patch_embed.proj", "embeddings.patch_embedding"), ("blocks.", "encoder.layers."), (".attn.", ".self_attn."),
-    (".proj.", ".projection."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
-]
+    ("patch_embed.proj", "embeddings.patch_embedding"), ("blocks.", "encoder.layers."),
+    (".attn.", ".self_attn."), (".proj.", ".projection."), (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2.")]
 
 
 def imagereward(device="cpu", path=None):
@@ -778,25 +987,31 @@ def imagereward(device="cpu", path=None):
     size     1.8 GB
     scale    about -2 to 2, normalised to mean 0 and std 1 over its training pictures
     source   Xu et al. 2023, arXiv 2304.05977
-    compared image-reward 1.5 of PyPI: 0 where the crop agrees, which it does now; fp16 (on a GPU; the original runs
-             float32) costs 0.011 of a spread of 4.3, order kept
-    path     ImageReward.pt, or a folder with it and, to stay off the hub, the files of bert-base-uncased's tokenizer
+    compared image-reward 1.5 of PyPI: 0 where the crop agrees, which it does now; fp16 (on a GPU;
+             the original runs float32) costs 0.011 of a spread of 4.3, order kept
+    path     ImageReward.pt, or a folder with it and, to stay off the hub, vocab.txt of
+             bert-base-uncased
     """
-    with fetching("imagereward", "ImageReward.pt", "THUDM/ImageReward", path):
-        weights = torch.load(repo_file("THUDM/ImageReward", "ImageReward.pt", path), map_location="cpu",
-                             weights_only=True)
+    quiet_libraries()
+    repo = "THUDM/ImageReward"
+    with fetching("imagereward", "ImageReward.pt", repo, path):
+        weights = read_weights(repo_file(repo, "ImageReward.pt", path))
         vision, text = from_blip(weights, device)
         head = linear_head(weights, "mlp.", device)
     with fetching("imagereward", "the tokenizer", "bert-base-uncased", None):
-        tokenize = tokenizer_at("bert-base-uncased", path, 35)
+        tokenize = tokenizer_at("bert-base-uncased", path, 35, tokenizer_type="bert",
+                                pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+                                unk_token="[UNK]", do_lower_case=True)
 
     @torch.no_grad()
     def score(images, prompts):
         pixels = clip_pixels(images, device, vision.config.image_size, "round").to(vision.dtype)
         patches = vision(pixel_values=pixels).last_hidden_state  # (B, 1 + patches, D)
         tokens = tokenize(list(prompts)).to(device)
-        read = text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches)
+        read = text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+                    encoder_hidden_states=patches)
         return (head(read.last_hidden_state[:, 0]) - 0.16717362830052426) / 1.0333394966054072
+
     return takes_tensors(score, 64)
 
 
@@ -804,8 +1019,7 @@ def from_blip(weights, device):
     """State dict of ImageReward -> transformers' BlipVisionModel and BlipTextModel."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
-    seen = {}
-    read = {}
+    seen, read = {}, {}
     for key, value in weights.items():
         if key.startswith("blip.visual_encoder."):
             key = re.sub(r"^norm\.", "post_layernorm.", key.removeprefix("blip.visual_encoder."))
@@ -813,271 +1027,55 @@ def from_blip(weights, device):
         elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
             read[key.removeprefix("blip.text_encoder.")] = value
     vision = frozen(BlipVisionModel, None, config=BlipVisionConfig(**BLIP_VISION), state_dict=seen)
-    text = frozen(BlipTextModel, None, config=BlipTextConfig(**BLIP_TEXT), state_dict=read, add_pooling_layer=False)
+    text = frozen(BlipTextModel, None, config=BlipTextConfig(**BLIP_TEXT), state_dict=read,
+                  add_pooling_layer=False)
     return vision.to(device, half_on(device)), text.to(device, half_on(device))
 
 
-HPSV3_TOKENS = ("<|Reward|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>",
-                "<|endoftext|>", "<|video_pad|>")  # in a prompt they would be read as the model's own
+HPSV3_TOKENS = ("<|Reward|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>",
+                "<|im_end|>", "<|endoftext|>", "<|video_pad|>")  # a prompt must not hold them
 
 
 def hpsv3(device="cpu", path=None):
-    """Human preference, version 3, through its authors' package.
+    """Human preference, version 3, through its authors' package, which needs a CUDA GPU.
 
-    model    MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct (another 16.6 GB, downloaded first), by the package hpsv3
+    model    MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct (another 16.6 GB, downloaded first)
     licence  MIT (package and weights), Apache-2.0 (Qwen2-VL)
     size     16.6 GB + 16.6 GB
     scale    mean of the predicted preference, in the package's own unit
     source   Ma et al. 2025, arXiv 2508.03789
     compared hpsv3's own call on a tiny random Qwen2-VL: the arguments and the first component
-    path     the package's checkpoint file. The package pins old libraries: install it in an environment of its own, run
-             `python rewards.py serve hpsv3` there and use `--reward http://127.0.0.1:8000` here
+    path     the package's checkpoint file. The package pins old libraries: install it in an
+             environment of its own, run `python rewards.py serve hpsv3` there, and use
+             `--reward http://127.0.0.1:8000` here
     """
-    install = "in an environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, then: python rewards.py " \
-              "serve hpsv3; then here http://HOST:8000"
     try:
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"it needs a CUDA GPU, not {device}")
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"{path} is no checkpoint file")
         from hpsv3 import HPSv3RewardInferencer
-        model = HPSv3RewardInferencer(device=str(device), **({"checkpoint_path": str(path)} if path else {}))
+        options = {"checkpoint_path": str(path)} if path else {}
+        model = HPSv3RewardInferencer(device=str(device), **options)
     except Exception as error:
-        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); {install}") from error
+        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
+                        "environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, "
+                        "python rewards.py serve hpsv3; then here http://HOST:8000") from error
 
     @torch.no_grad()  # else each call would keep a graph of 7 billion parameters
     def score(images, prompts):
         for prompt, token in itertools.product(dict.fromkeys(prompts), HPSV3_TOKENS):
             if token in prompt:
-                raise UserError(f"reward 'hpsv3': the prompt {prompt[:60]!r} holds its special token {token}")
+                raise UserError(f"reward 'hpsv3': {prompt[:60]!r} holds its special token {token}")
         with tempfile.TemporaryDirectory() as folder:
             paths = [os.path.join(folder, f"{i}.png") for i in range(len(images))]
             for image, file in zip(images, paths):
                 image.convert("RGB").save(file)
-            return [float(mu_and_sigma[0]) for mu_and_sigma in model.reward(prompts=list(prompts), image_paths=paths)]
+            found = model.reward(prompts=list(prompts), image_paths=paths)
+            return [float(mean_and_sigma[0]) for mean_and_sigma in found]
+
     score.batch_size = 8
     return score
-
-
-# ===== GenEval: does the picture hold the objects that the prompt asks for, in number, colour and place?
-
-COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
-tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
-hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
-tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
-COLOURS = "red orange yellow green blue purple pink brown black white".split()
-COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-GENEVAL_PROMPTS = ("https://raw.githubusercontent.com/djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f/"
-                   "prompts/evaluation_metadata.jsonl",
-                   "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13")  # 85,209 bytes
-
-
-class Found(NamedTuple):
-    """One detected object: box (x0, y0, x1, y1) in pixels, its score, and its mask (H,W) or None."""
-    box: tuple
-    score: float
-    mask: torch.Tensor = None
-
-
-def confident(objects, tag):
-    """{class: [Found]} -> the same, best first (of equal ones the last), without those at or below the threshold (0.9
-    when the prompt counts, else 0.3), and at most 16 of a class."""
-    threshold = 0.9 if tag == "counting" else 0.3
-    kept = {}
-    for name, found in objects.items():
-        ordered = sorted(found, key=lambda f: f.score)[::-1]
-        kept[name] = [f for f in ordered if f.score > threshold][:16]
-    return kept
-
-
-def relative_position(a, b):
-    """Boxes a, b -> where a lies as seen from b: a subset of {"left of", "right of", "above", "below"}.
-
-    Centres nearer than a tenth of the summed sizes do not count as apart; a direction counts when it makes up more than
-    half of the distance between the centres.
-    """
-    a = np.array(a, float).reshape(2, 2)
-    b = np.array(b, float).reshape(2, 2)
-    offset = a.mean(0) - b.mean(0)
-    margin = 0.1 * ((a[1] - a[0]) + (b[1] - b[0]))
-    apart = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
-    if (np.abs(apart) < 1e-3).all():
-        return set()
-    dx, dy = apart / np.linalg.norm(offset)
-    relations = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {relation for relation, holds in relations.items() if holds}
-
-
-def judge(wanted, objects, colours):
-    """One picture against the metadata of its prompt -> (correct: bool, dense score in [0,1], 1 exactly when correct).
-
-    wanted: {"include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]}],
-    "exclude"?: [{"class", "count"}]}; objects: {class: [Found]}, confident and best first; colours(found, class) ->
-    the colour of each. Every clause gives terms in [0,1] (share of the objects found, share of them in their colour,
-    place 0 or 1, an excess over what is excluded); correct = all are 1, dense = their mean.
-    """
-    terms = []
-    groups = []
-    for clause in wanted.get("include", []):
-        name = clause["class"]
-        count = clause["count"]
-        found = objects.get(name, [])[:count]
-        first = len(terms)
-        terms.append(len(found) / count)
-        if "color" in clause:
-            terms.append(min(colours(found, name).count(clause["color"]) / count, 1) if found else 0)
-        if "position" in clause:
-            relation, target = clause["position"]
-            holds = min(terms[first:]) == 1 and groups[target] is not None
-            terms.append(float(holds and all(relation in relative_position(f.box, other.box)
-                                             for f in found for other in groups[target])))
-        groups.append(found if min(terms[first:]) == 1 else None)
-    for clause in wanted.get("exclude", []):
-        allowed = clause["count"] - 1
-        excess = max(len(objects.get(clause["class"], [])) - allowed, 0)
-        terms.append(max(1 - excess / max(allowed, 1), 0))
-    return all(term == 1 for term in terms), sum(terms) / max(len(terms), 1)
-
-
-def detections(class_logits, mask_logits, padded, inside, size, floor=0.3):
-    """What Mask2Former says of one picture -> {class: [Found]} of scores above `floor`.
-
-    class_logits (Q, 81), the last column 'nothing'; mask_logits (Q, h, w) over the padded input of (H, W) = `padded`,
-    whose upper left `inside` (H, W) is the picture, itself of (H, W) = `size`. Of the 100 most probable pairs of query
-    and class, score = class probability x mean mask probability inside the mask.
-    """
-    probability, index = class_logits.softmax(-1)[:, :-1].flatten().topk(min(100, class_logits[:, :-1].numel()))
-    index = index[probability > floor]
-    probability = probability[probability > floor]  # the mask factor is at most 1
-    objects = {}
-    for p, i in zip(probability.tolist(), index.tolist()):
-        query, name = divmod(i, len(COCO))
-        logits = F.interpolate(mask_logits[None, None, query], size=padded, mode="bilinear")
-        logits = F.interpolate(logits[..., :inside[0], :inside[1]], size=size, mode="bilinear")[0, 0]
-        mask = logits > 0
-        if not mask.any():
-            continue
-        score = p * logits[mask].sigmoid().mean().item()
-        y = mask.any(1).nonzero()
-        x = mask.any(0).nonzero()
-        box = (x[0].item(), y[0].item(), x[-1].item() + 1, y[-1].item() + 1)
-        if score > floor:
-            objects.setdefault(COCO[name], []).append(Found(box, score, mask))
-    return objects
-
-
-class Detector:
-    """Mask2Former (Swin-S) for the 80 COCO classes, from a folder or the hub, without scipy: the class transformers
-    offers wants it for its training loss, so this is its trunk with a class layer."""
-
-    def __init__(self, source, device):
-        from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
-
-        class Trunk(Mask2FormerPreTrainedModel):
-            def __init__(self, config):
-                super().__init__(config)
-                self.model = Mask2FormerModel(config)
-                self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
-                self.post_init()
-        self.trunk = frozen(Trunk, source).to(device)
-        self.device = device
-        if self.trunk.config.num_labels != len(COCO):
-            raise ValueError(f"the detector knows {self.trunk.config.num_labels} classes, not the 80 of COCO")
-
-    def logits(self, pixels):
-        """(B,3,H,W) normalised -> class logits (B,Q,81), mask logits (B,Q,H/4,W/4)."""
-        out = self.trunk.model(pixels, output_hidden_states=True)
-        queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)
-        return self.trunk.class_predictor(queries), out.masks_queries_logits[-1]
-
-    @torch.no_grad()
-    def __call__(self, images):
-        """(B,3,H,W) in [0,1] -> B times {class: [Found]}."""
-        size = images.shape[-2:]
-        scale = min(800 / min(size), 1333 / max(size))
-        inside = [round(scale * side) for side in size]
-        x = F.interpolate(images, size=inside, mode="bilinear", antialias=True)
-        mean, std = (constants(c, self.device) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        x = F.pad((x - mean) / std, (0, -inside[1] % 32, 0, -inside[0] % 32))
-        classes, masks = self.logits(x)
-        return [detections(c, m, x.shape[-2:], inside, size) for c, m in zip(classes, masks)]
-
-
-class GenEval:
-    """The GenEval judge: `__call__` and `score_tensor` give the dense score in [0,1], `correct` the strict verdict.
-
-    detect: (B,3,H,W) -> B times {class: [Found]}. clip: the Clip that names colours. metadata: {prompt: its line of the
-    benchmark}. A prompt that is not of the benchmark scores NaN; its tag and verdict are None.
-    """
-    batch_size = 8
-
-    def __init__(self, detect, clip, metadata, device):
-        self.detect = detect
-        self.clip = clip
-        self.metadata = metadata
-        self.device = device
-        self.prompts = list(metadata)
-
-    def __call__(self, images, prompts):
-        """list of B PIL images or (B,3,H,W) in [0,1], list of B prompts -> list of B dense scores."""
-        return [math.nan if verdict is None else verdict[1] for verdict in self.verdicts(images, prompts)]
-
-    score_tensor = __call__
-
-    def correct(self, images, prompts):
-        """The same arguments -> list of True, False, or None for a prompt that is not of the benchmark."""
-        verdicts = []
-        for i in range(0, len(prompts), self.batch_size):
-            part = slice(i, i + self.batch_size)
-            verdicts += self.verdicts(images[part], prompts[part])
-        return [None if verdict is None else verdict[0] for verdict in verdicts]
-
-    def tag(self, prompt):
-        """The task of a prompt (single_object, two_object, counting, colors, position, color_attr) or None."""
-        return self.metadata[prompt]["tag"] if prompt in self.metadata else None
-
-    def verdicts(self, images, prompts):
-        """list of (correct, dense), or None for unknown prompts."""
-        verdicts = [None] * len(prompts)
-        known = [i for i, prompt in enumerate(prompts) if prompt in self.metadata]
-        pictures = [as_tensor(images[i]).to(self.device) for i in known]
-        if len({picture.shape for picture in pictures}) == 1:
-            objects = self.detect(torch.stack(pictures))
-        else:
-            objects = [self.detect(picture[None])[0] for picture in pictures]
-        for i, picture, found in zip(known, pictures, objects):
-            wanted = self.metadata[prompts[i]]
-            verdicts[i] = judge(wanted, confident(found, wanted["tag"]), partial(self.colours, picture))
-        return verdicts
-
-    def colours(self, picture, found, name):
-        """picture (3,H,W), [Found], their class -> the colour of each, by CLIP on the masked object over grey #999."""
-        texts = self.clip.text([text.format(colour, name) for colour in COLOURS for text in COLOUR_TEXTS])
-        classes = F.normalize(texts.view(len(COLOURS), len(COLOUR_TEXTS), -1).mean(1), dim=-1)
-        names = []
-        for box, _, mask in found:
-            crop = torch.where(mask, picture, 0.6)[None, :, box[1]:box[3], box[0]:box[2]]
-            names.append(COLOURS[(self.clip.image(crop) @ classes.T).argmax().item()])
-        return names
-
-
-def geneval_metadata(path=None):
-    """The 553 prompts of the benchmark, from a file or its repository -> {prompt: {"tag", "include", "exclude"?}}."""
-    metadata = {}
-    for number, line in lines_of(read_text(path or fetch(*GENEVAL_PROMPTS))):
-        try:
-            wanted = json.loads(line)
-            missing = {"prompt", "tag", "include"} - set(wanted)
-            if missing:
-                raise ValueError(f"it lacks {sorted(missing)}")
-            unknown = {c["class"] for c in wanted["include"] + wanted.get("exclude", [])} - set(COCO)
-            if unknown:
-                raise ValueError(f"classes that COCO lacks: {sorted(unknown)}")
-            metadata[wanted["prompt"]] = wanted
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number}: {one_line(error)}") from error
-    return metadata
 
 
 def geneval(device="cpu", path=None):
@@ -1088,23 +1086,13 @@ def geneval(device="cpu", path=None):
     size     2.0 GB
     scale    dense 0 to 1; strict accuracy, mean of six tags: SD1.5 0.43, SD2.1 0.50, SDXL 0.55
     source   Ghosh et al. 2023, arXiv 2310.11513; prompts of github.com/djghosh13/geneval af4902f2
-    compared its evaluation script: 0 disagreements in 11,060 detections over all 553 prompts. The official detector is
-             mmdet's checkpoint, this one Facebook's of the same architecture: quoted figures are not strictly comparable
-    path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in mask2former/ and clip/
+    compared its evaluation script: 0 disagreements in 11,060 detections over all 553 prompts; its
+             detector is mmdet's, this one Facebook's of the same architecture (lab/geneval.py)
+    path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in
+             mask2former/ and clip/
     """
-    folder = Path(path) if path and Path(path).is_dir() else None
-
-    def local(name):
-        return str(folder / name) if folder and (folder / name).exists() else None
-    try:
-        metadata = geneval_metadata(local("evaluation_metadata.jsonl") if folder else path)
-    except Exception as error:
-        raise UserError(f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS[0]} ({one_line(error)}); for a local "
-                        "copy give geneval@/path/to/evaluation_metadata.jsonl") from error
-    repo = "facebook/mask2former-swin-small-coco-instance"
-    with fetching("geneval", "the detector", repo, local("mask2former")):
-        detect = Detector(local("mask2former") or repo, device)
-    return GenEval(detect, clip_at("geneval", CLIP_L, device, local("clip"), "round"), metadata, device)
+    make = user_reward("geneval", str(HERE / "lab" / "geneval.py"), "geneval")
+    return make(device, path)
 
 
 # ===== rewards behind a URL
@@ -1113,64 +1101,80 @@ WAITING = set()  # URLs whose trouble has been told
 
 
 def seconds(variable, default):
-    """A number of seconds from the environment."""
+    """A number of seconds, more than 0, from the environment."""
     try:
-        return float(os.environ.get(variable, default))
+        value = float(os.environ.get(variable, default))
     except ValueError:
-        raise UserError(f"{variable}={os.environ[variable]!r} is not a number of seconds") from None
+        value = 0
+    if not 0 < value < 1e9:
+        raise UserError(f"{variable}={os.environ[variable]!r}: expected a number of seconds above 0")
+    return value
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would lose its body, and hand the token to another host."""
+
+    def redirect_request(self, *_):
+        """Not followed: the answer is the redirect itself."""
+
+
+class Refused(UserError):
+    """A permanent answer of a server. status, text: what it said."""
+
+    def __init__(self, who, status, text):
+        super().__init__(f"{who}: HTTP {status}: {' '.join(text.split())[:200]}")
+        self.status, self.text = status, text
 
 
 def post_json(url, payload, token, who):
-    """POST a JSON value, return the JSON answer. Connection errors, 429 and 5xx are tried again with growing pauses, or
-    after what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is a UserError at once."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    body = json.dumps(payload).encode()
-    patience = seconds("REWARD_PATIENCE", 600)
-    timeout = seconds("REWARD_TIMEOUT", 300)
+    """POST a JSON value, return the JSON answer.
+
+    Broken connections, 408, 409, 425, 429 and 5xx are tried again with growing pauses, or after
+    what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is `Refused` at once."""
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 300)
+    request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
+    opener = urllib.request.build_opener(NoRedirect)
     deadline = time.monotonic() + patience
-    pause = 0.5
-    here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * here)  # no proxy to this machine
-    while True:
-        asked = 0
+    for pause in (min(0.5 * 2 ** n, 10) for n in itertools.count()):
         try:
-            try:
-                answer = opener.open(urllib.request.Request(url, body, headers), timeout=timeout)
-            except urllib.error.HTTPError as refusal:
-                answer = refusal
-            with answer:
-                status = answer.status
+            with opener.open(request, timeout=timeout) as answer:
                 text = answer.read()
-                given = answer.headers.get("Retry-After", "")
-        except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and broken connections among them
+            WAITING.discard(url)
+            return json_answer(text, who)
+        except urllib.error.HTTPError as refusal:
+            text = refusal.read().decode(errors="replace")
+            if 300 <= refusal.code < 400:
+                where = refusal.headers.get("Location")
+                raise Refused(who, refusal.code, f"a redirect to {where}: give that address") from None
+            again = refusal.code in (408, 409, 425, 429) or refusal.code >= 500
+            if not again or re.search("insufficient_quota", text):
+                raise Refused(who, refusal.code, text) from None
+            trouble = f"HTTP {refusal.code}: {' '.join(text.split())[:200]}"
+            asked = refusal.headers.get("Retry-After", "")
+            pause = max(pause, int(asked) if asked.isdecimal() else 0)
+        except (OSError, http.client.HTTPException) as error:  # time-outs, broken connections
             trouble = one_line(error)
-        else:
-            trouble = f"HTTP {status}: {' '.join(text.decode(errors='replace').split())[:200]}"
-            asked = int(given) if given.isdecimal() else 0
-            if status < 400:
-                WAITING.discard(url)
-                value = parsed(text, who)
-                if isinstance(value, dict) and value.get("error"):  # some servers say so with status 200
-                    raise UserError(f"{who}: it answered with an error: {' '.join(str(value['error']).split())[:200]}")
-                return value
-            if status != 429 and status < 500:
-                raise UserError(f"{who}: {trouble}")
         left = deadline - time.monotonic()
         if left <= 0:
             raise UserError(f"{who}: {trouble}; gave up after {patience:g} s (REWARD_PATIENCE)")
         if url not in WAITING:
             WAITING.add(url)
             print(f"{who}: {trouble}; trying again for up to {patience:g} s", file=sys.stderr, flush=True)
-        time.sleep(min(max(pause, asked), left))
-        pause = min(2 * pause, 10)
+        time.sleep(min(pause, left))
 
 
-def parsed(text, who):
-    """JSON text -> value."""
+def json_answer(text, who):
+    """JSON bytes -> value. UserError: no JSON, or an error in its place."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{who}: its answer is not JSON ({one_line(error)})") from None
+    if isinstance(value, dict) and value.get("error"):  # some servers say so with status 200
+        raise Refused(who, 200, str(value["error"]))
+    return value
 
 
 def base64_image(image, kind, **options):
@@ -1181,9 +1185,12 @@ def base64_image(image, kind, **options):
 
 
 def checked_url(name, url):
-    """The URL split, if it has a host and a sensible port."""
+    """The URL split. UserError: no host, a senseless port, or credentials in it."""
     try:
         parts = urllib.parse.urlsplit(url)
+        if parts.username or parts.password:
+            raise UserError(f"reward {name.rpartition('@')[2]!r}: credentials in a URL are not used; "
+                            "set REWARD_TOKEN, or VLM_TOKEN for a judge")
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1):
             return parts
     except ValueError:
@@ -1192,86 +1199,152 @@ def checked_url(name, url):
 
 
 class Http:
-    """A reward served by `python rewards.py serve`: POST {url}/score, 64 pictures at a time, retried by `post_json`.
-
-    The bearer token, if the server wants one, is REWARD_TOKEN of the environment.
-    """
-    batch_size = 64
+    """A reward served by `python rewards.py serve`: POST {url}/score, whole prompts of about 64
+    pictures at a time. The bearer token, if the server wants one, is REWARD_TOKEN."""
 
     def __init__(self, url):
         checked_url(url, url)
         self.url = url.rstrip("/")
 
     def __call__(self, images, prompts):
-        """list of PIL images, list of prompts -> list of floats, NaN where the server answered null."""
-        who = f"reward {self.url!r}"
-        payload = {"prompts": list(prompts), "images": [base64_image(i, "PNG", compress_level=1) for i in images]}
-        answer = post_json(self.url + "/score", payload, os.environ.get("REWARD_TOKEN"), who)
-        if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-            raise UserError(f'{who}: its answer is not {{"scores": [...]}}')
-        return [math.nan if score is None else score for score in answer["scores"]]
+        """list of PIL images, list of prompts -> list of floats, NaN where the answer was null."""
+        scores = []
+        size = max(64, *(prompts.count(prompt) for prompt in dict.fromkeys(prompts)))
+        for i in whole_prompts(prompts, size):
+            files = [base64_image(image, "PNG", compress_level=1) for image in images[i]]
+            who = f"reward {self.url!r}"
+            answer = post_json(self.url + "/score", {"prompts": list(prompts[i]), "images": files},
+                               os.environ.get("REWARD_TOKEN"), who)
+            found = answer.get("scores") if isinstance(answer, dict) else None
+            if not isinstance(found, list) or len(found) != len(files):
+                raise UserError(f'{who}: its answer is not {{"scores": [one an image]}}')
+            scores += [math.nan if score is None else score for score in found]
+        return scores
 
 
-VLM_QUESTION = """How well does this picture show the following text, and how good does it look, from 0 to 10 (perfect)?
+RATE = """How well does this picture show the following text, and how good does it look, from {low} to {high} (perfect)?
 Text: {prompt}
 Answer with one line of the form
 Score: <number>"""
+ASK_YES = "Does this picture show the following text? Answer Yes or No.\nText: {prompt}"
+FILTERED = re.compile(r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited", re.I)
 
 
 class Vlm:
-    """An OpenAI-compatible judge. unparsed: how many replies held no number from 0 to 10; those pictures score NaN."""
+    """An OpenAI-compatible judge. silent: how many pictures got no opinion, because the reply held
+    no score, or because a content filter refused the picture."""
 
     def __init__(self, address):
         parts = checked_url(f"vlm@{address}", address)
-        query = urllib.parse.parse_qs(parts.query)
-        self.model = query.get("model", [None])[0]
-        tokens = query.get("tokens", ["1024"])[0]
-        if not self.model or not tokens.isdecimal():
-            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME&tokens=1024")
-        base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-        self.url = base + "/v1/chat/completions"
-        self.unparsed = 0
+        query = dict(urllib.parse.parse_qsl(parts.query))
+        known = {"model", "tokens", "yes", "question", "scale"}
+        self.model = query.get("model")
+        tokens = query.get("tokens", "1024")
+        scale = re.fullmatch(r"(\d+)-(\d+)", query.get("scale", "0-10"))
+        if not self.model or not tokens.isdecimal() or not scale or set(query) - known:
+            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME and, "
+                            "if you like, &tokens=1024, &yes=1, &question=FILE, &scale=0-10")
+        path = parts.path.rstrip("/") or "/v1"
+        if not path.endswith("/chat/completions"):
+            path += "/chat/completions"
+        self.url = f"{parts.scheme}://{parts.netloc}{path}"
+        self.yes = query.get("yes") == "1"
+        self.low, self.high = float(scale[1]), float(scale[2])
+        self.question = ASK_YES if self.yes else RATE
+        if "question" in query:
+            self.question = read_text(query["question"])
+            if "{prompt}" not in self.question:
+                raise UserError(f"{query['question']}: a question has {{prompt}} in it")
+        self.silent = 0
         self.lock = threading.Lock()
         self.options = {"temperature": 0, "max_tokens": int(tokens)}
+        if self.yes:
+            self.options.update(max_tokens=1, logprobs=True, top_logprobs=20)
+        elif "question" not in query:
+            number = {"type": "number"}
+            schema = {"type": "object", "properties": {"score": number}, "required": ["score"],
+                      "additionalProperties": False}
+            self.options["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "score", "strict": True, "schema": schema}}
 
     def __call__(self, images, prompts):
         """list of PIL images, list of prompts -> list of floats; eight questions at a time."""
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self.score, images, prompts))
 
-    def ask(self, content):
-        """A message -> the text of the reply, or None. Newer models of OpenAI refuse max_tokens and a temperature: then
-        they are asked once more, and from then on, in their own words."""
+    def post(self, content, options):
+        """A message -> the first choice of the answer, {} where there is none.
+
+        What an endpoint does not know (response_format, max_tokens, a temperature) is left out or
+        said in its own words from then on. None: a content filter refused."""
         token = os.environ.get("VLM_TOKEN") or os.environ.get("OPENAI_API_KEY")
         message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        who = f"reward 'vlm' at {self.url}"
-        options = self.options
-        try:
-            answer = post_json(self.url, {**message, **options}, token, who)
-        except UserError as error:
-            if "HTTP 400" not in str(error) or "max_tokens" not in options or not re.search(
-                    "max_tokens|temperature", str(error)):
-                raise
-            self.options = {"max_completion_tokens": options["max_tokens"]}
-            answer = post_json(self.url, {**message, **self.options}, token, who)
-        try:
-            reply = answer["choices"][0]["message"]
-            return reply.get("content") or reply.get("reasoning_content")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None
+        while True:
+            try:
+                answer = post_json(self.url, {**message, **options}, token, f"reward 'vlm' at {self.url}")
+                choices = answer.get("choices") if isinstance(answer, dict) else None
+                choice = choices[0] if choices and isinstance(choices[0], dict) else {}
+                return None if choice.get("finish_reason") == "content_filter" else choice
+            except Refused as refusal:
+                if FILTERED.search(refusal.text):
+                    return None
+                if refusal.status not in (400, 422):
+                    raise
+                if "response_format" in options and re.search("format|schema", refusal.text):
+                    del options["response_format"]
+                elif "max_tokens" in options and re.search("max_tokens|temperature", refusal.text):
+                    options["max_completion_tokens"] = options.pop("max_tokens")
+                    options.pop("temperature", None)
+                else:
+                    raise
+
+    def ask(self, content):
+        """A message of one's own -> the text of the reply, "" where there is none."""
+        options = {name: value for name, value in self.options.items() if "token" in name}
+        return text_of(self.post(content, options))
 
     def score(self, image, prompt):
-        """One picture -> its score, 0 to 10, or NaN; the first reply without one is shown."""
-        reply = self.ask([image_part(image), {"type": "text", "text": VLM_QUESTION.format(prompt=prompt)}])
-        score = number_in(reply)
-        if score is None:
+        """One picture -> its score, or NaN; the first reply without one is shown."""
+        question = self.question
+        for name, value in (("low", f"{self.low:g}"), ("high", f"{self.high:g}"), ("prompt", prompt)):
+            question = question.replace(f"{{{name}}}", value)
+        choice = self.post([image_part(image), {"type": "text", "text": question}], self.options)
+        if self.yes:
+            score = math.nan if choice is None else self.probability_of_yes(choice)
+        else:
+            score = number_in(text_of(choice), self.low, self.high)
+        if math.isnan(score):
             with self.lock:
-                self.unparsed += 1
-            if self.unparsed == 1:
-                shown = " ".join(str(reply).split())[:120]
-                print(f"reward 'vlm': no score from 0 to 10 in the reply {shown!r}: no opinion", file=sys.stderr)
-            return math.nan
+                self.silent += 1
+                first = self.silent == 1
+            if first:
+                shown = " ".join(text_of(choice).split())[:120]
+                print(f"reward 'vlm': no score in the reply {shown!r}: no opinion", file=sys.stderr)
         return score
+
+    def probability_of_yes(self, choice):
+        """P(yes) / (P(yes) + P(no)) of the first token of a reply; NaN where neither is likely."""
+        try:
+            tokens = choice["logprobs"]["content"][0]["top_logprobs"]
+            found = [(token["token"], math.exp(token["logprob"])) for token in tokens]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs") from None
+        sums = {"yes": 0.0, "no": 0.0}
+        for token, probability in found:
+            word = re.sub(r"\W", "", token).lower()
+            if word in sums:
+                sums[word] += probability
+        total = sums["yes"] + sums["no"]
+        return sums["yes"] / total if total > 0 else math.nan
+
+
+def text_of(choice):
+    """The text of a choice; what a model thinks to itself (reasoning_content) is no answer."""
+    message = choice.get("message") if choice else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def image_part(image):
@@ -1280,16 +1353,35 @@ def image_part(image):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def number_in(reply):
-    """The score of a reply, or None: the last number after the word score ("Score (0-10): 8", "the score is **7,5**",
-    "score: 8/10"), else a reply that is one number alone, also as "8/10"."""
-    text = re.sub(r"[*_`]|\(0\s*(?:-|to|\u2013)\s*10\)", "", str(reply or ""))
-    number = r"(-?\d+(?:[.,]\d+)?)(?:\s*/\s*10\b|\s+out of 10\b)?"
-    found = re.findall(r"\bscore\b\s*(?:is|of|=|:)?\s*:?\s*" + number + r"(?!\s*(?:-|to\b|/|\d))", text, re.I)
-    alone = re.fullmatch(r"\W*?" + number + r"\W*", text)
-    value = found[-1] if found else alone[1] if alone else None
-    value = float(value.replace(",", ".")) if value else None
-    return value if value is not None and 0 <= value <= 10 else None
+NUMBER = r"(?<![\w.,/-])([+-]?(?:\d+(?:[.,]\d+)?|\.\d+))(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?(?!\s*%|[\w./]*\d)"
+
+
+def number_in(reply, low=0.0, high=10.0):
+    """The score of a reply, or NaN where it is not beyond doubt.
+
+    1. <think>...</think> is no answer; one that never ends leaves none.
+    2. A reply that is JSON with "score" or "rating", also in a code fence, says that number.
+    3. Else: the number after the last `score` or `rating` followed by : = is of (or by nothing).
+    4. Else: the one number of a reply of at most five words.
+    5. A number may be 7, 7.5, 7,5, .5, 7/10 or 7 out of 10; the 10 must be the scale's end.
+    6. Two statements that differ, a range, a percentage, a number off the scale: NaN."""
+    text = re.sub(r"<(think\w*|reason\w*)>.*?(</\1>|\Z)", " ", reply or "", flags=re.S | re.I)
+    text = re.sub(r"```(?:json)?|[*_`]", " ", text).strip()
+    with contextlib.suppress(ValueError, AttributeError):
+        fields = {key.lower(): value for key, value in json.loads(text).items()}
+        value = fields.get("score", fields.get("rating"))
+        text = f"score: {value}"
+    text = re.sub(r"\(\s*\d+\s*(?:-|to|\u2013)\s*\d+\s*\)", " ", text)  # "Score (0-10): 8"
+    said = re.findall(r"\b(?:score|rating)\b\W{0,3}(?:(?:is|of)\b|[:=])?\s*" + NUMBER
+                      + r"(\s*(?:-|\u2013|to\b|or\b)\s*\d)?", text, re.I)
+    if not said and len(text.split()) <= 5 and len(re.findall(r"[\d.,]*\d", text)) <= 2:
+        said = [(*found, "") for found in re.findall(NUMBER, text)]
+    values = set()
+    for number, end, also in said:
+        value = float(number.replace(",", "."))
+        sure = not also and (not end or float(end) == high) and low <= value <= high
+        values.add(value if sure else math.nan)
+    return values.pop() if len(values) == 1 else math.nan
 
 
 def vlm(device="cpu", path=None):
@@ -1298,10 +1390,11 @@ def vlm(device="cpu", path=None):
     model    the endpoint's
     licence  the endpoint's
     size     0
-    scale    0 to 10; a reply without such a number is NaN
-    source   the question is VLM_QUESTION in this file
-    compared nothing: the question is ours
-    path     the endpoint: vlm@http://host:port/v1?model=NAME, with &tokens=N the most tokens of a reply (1,024)
+    scale    0 to 10, or &scale=1-5; with &yes=1 P(yes) of 0 to 1, almost without ties
+    source   the questions are RATE and ASK_YES in this file, or &question=FILE with {prompt} in it
+    compared nothing: the questions are ours
+    path     the endpoint, as it is or without /chat/completions: vlm@http://host:port/v1?model=NAME,
+             with &tokens=N the most tokens of a reply (1,024)
     """
     if not path:
         raise UserError("reward 'vlm': name the endpoint, vlm@http://host:port/v1?model=NAME")
@@ -1310,10 +1403,13 @@ def vlm(device="cpu", path=None):
 
 # ===== serving
 
+MAX_BODY = 256 * 2 ** 20  # bytes of a request
+
+
 class Handler(BaseHTTPRequestHandler):
-    """POST /score {"prompts": [...], "images": [base64 PNG, JPEG or WebP, ...]} -> {"scores": [number or null, ...]};
-    GET /health -> {"name": ...}. Whatever is wrong with a request gets {"error": one line}, and the server lives."""
-    timeout = 60  # seconds of silence that a client may keep a thread waiting
+    """POST /score {"prompts": [...], "images": [base64 PNG, JPEG or WebP, ...]} -> {"scores":
+    [number or null, ...]}; GET /health -> {"name": ...}; what is wrong -> {"error": one line}."""
+    timeout = 60  # seconds of silence that a client may keep the server waiting
 
     def log_message(self, *_):
         """Quiet."""
@@ -1334,139 +1430,111 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Score."""
-        self.unread = 0
+        token = self.server.token
+        given = self.headers.get("Authorization", "")
+        length = self.headers.get("Content-Length", "")
         try:
-            try:
-                self.answer(200, {"scores": self.scores(self.body())})
-            except Refused as refusal:
-                self.answer(refusal.args[0], {"error": refusal.args[1]})
-                self.drain()
+            if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
+                return self.answer(413, {"error": f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"})
+            body = self.rfile.read(int(length))
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                return self.answer(401, {"error": "wrong or missing bearer token"})
+            if self.path != "/score":
+                return self.answer(404, {"error": "not found: POST /score or GET /health"})
+            self.answer(*self.scores(body))
         except OSError:  # the client left, or fell silent
             self.close_connection = True
 
-    def body(self):
-        """The request's body, if its sender, place and size are right."""
-        length = self.headers.get("Content-Length", "")
-        self.unread = int(length) if length.isdecimal() and len(length) < 20 else 0
-        token = self.server.token
-        given = self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Refused(401, "wrong or missing bearer token")
-        if self.path != "/score":
-            raise Refused(404, "not found: POST /score or GET /health")
-        if self.unread > self.server.max_body:
-            raise Refused(413, f"body of {self.unread} bytes, at most {self.server.max_body} are taken")
-        body = self.rfile.read(self.unread)
-        self.unread = 0
-        return body
-
-    def drain(self):
-        """Reads on, without keeping it, what a refused client still sends: a connection closed under its hands would
-        look to it like a broken server, and it would try again."""
-        self.connection.settimeout(2)
-        self.unread = min(self.unread, 1 << 31)
-        while self.unread > 0 and (chunk := self.rfile.read1(min(self.unread, 1 << 20))):
-            self.unread -= len(chunk)
-
     def scores(self, body):
-        """JSON bytes -> list of numbers, None for NaN."""
+        """JSON bytes -> HTTP status, answer; null stands for NaN."""
         try:
             request = json.loads(body)
-            prompts = request["prompts"]
-            texts = request["images"]
-            if not isinstance(prompts, list) or not isinstance(texts, list) or {type(p) for p in prompts} - {str}:
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise Refused(400, 'the body is not JSON {"prompts": [text, ...], "images": [base64, ...]}') from None
-        if len(prompts) != len(texts):
-            raise Refused(400, f"{len(prompts)} prompts but {len(texts)} images")
-        images = [decoded(i, text) for i, text in enumerate(texts)]
+            prompts, texts = request["prompts"], request["images"]
+            if len(prompts) != len(texts) or not all(isinstance(text, str) for text in prompts):
+                raise ValueError(f"{len(prompts)} prompts, {len(texts)} images")
+            files = [io.BytesIO(base64.b64decode(text, validate=True)) for text in texts]
+            images = [read_picture(file, ("PNG", "JPEG", "WEBP")) for file in files]
+        except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
+            return 400, {"error": 'expected {"prompts": [text, ...], "images": [base64 of a PNG, JPEG '
+                                  f'or WebP, ...]}} ({one_line(error)})'}
         try:
-            with self.server.lock:
-                scores = self.server.reward(images, prompts).tolist()
+            scores = self.server.reward(images, prompts).tolist()
         except Exception as error:
-            raise Refused(500, str(error) if isinstance(error, UserError) else one_line(error)) from error
-        return [None if math.isnan(score) else score for score in scores]
+            return 500, {"error": one_line(error)}
+        return 200, {"scores": [None if math.isnan(score) else score for score in scores]}
 
 
-class Refused(Exception):
-    """A request that gets (HTTP status, one line) instead of scores."""
+def server(reward, host="127.0.0.1", port=8000, token=None):
+    """A bound HTTP server for a Reward, which answers in the thread that calls serve_forever().
 
-
-def decoded(i, text):
-    """Base64 text of image number i -> PIL image. PIL's own limit on the number of pixels holds."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError):
-        raise Refused(400, f"image {i} is not base64") from None
-    try:
-        return read_picture(io.BytesIO(data), ("PNG", "JPEG", "WEBP"))
-    except UserError as error:
-        raise Refused(400, f"image {i} is not a PNG, JPEG or WebP file: {error}") from None
-
-
-def server(reward, host="127.0.0.1", port=8000, token=None, max_body=256 * 2**20):
-    """A bound HTTP server for a Reward; call its serve_forever(). One lock around the model; bodies of at most
-    `max_body` bytes. UserError: several parts (they are z-scored over a prompt's candidates: combine at the client)."""
+    UserError: several parts (they are z-scored over a prompt's candidates: combine at the client)."""
     if len(reward.parts) > 1:
         raise UserError(f"serve one reward at a time, not {reward.name!r}: combine where they are used")
     try:
-        bound = ThreadingHTTPServer((host, port), Handler)
+        bound = HTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on {host}:{port}: {one_line(error)}") from None
     bound.reward = reward
     bound.token = token
-    bound.max_body = max_body
-    bound.lock = threading.Lock()
     return bound
 
 
 # ===== prompts, pairs and pictures: read as what they are, or refused by name
 
 ANIMALS = """
-    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
-    beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig
-    turkey fly llama camel bat gorilla hedgehog kangaroo"""
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf
+    lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken
+    duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
 DEEDS = ("riding a bike", "playing chess", "washing dishes")
-PICKAPIC = "https://raw.githubusercontent.com/UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit
-    "pickapic": (PICKAPIC + "train.txt", "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
-    "pickapic-test": (PICKAPIC + "test.txt", "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
+GITHUB = "https://raw.githubusercontent.com/"
+PICKAPIC = GITHUB + "UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
+PICKAPIC_TOO = GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/pickscore/"
+PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit. (sha256, addresses)
+    "pickapic": ("2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f",
+                 PICKAPIC + "train.txt", PICKAPIC_TOO + "train.txt"),
+    "pickapic-test": ("d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262",
+                      PICKAPIC + "test.txt", PICKAPIC_TOO + "test.txt"),
+    "parti": ("fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
+              GITHUB + "google-research/parti/5a657978134374ce28973948331b319adef164bd/"
+              "PartiPrompts.tsv"),
+    "drawbench": ("3d4f4b2db7520208ee056d470202c07fd77766b96d133ea9f4ab00a323381e9a",
+                  GITHUB + "openai/dalle3-eval-samples/d7c88c07b492ad7b9fd3003126d00719a2edabb1/"
+                  "prompts/drawbench.txt"),
+    "geneval": ("55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680",
+                GITHUB + "djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f/prompts/"
+                "generation_prompts.txt"),
     "scenes": HERE / "lab" / "toy" / "captions_train.txt",
     "scenes-test": HERE / "lab" / "toy" / "captions_heldout.txt",
-    "animals": [f"a {animal} {deed}" for animal in ANIMALS.split() for deed in DEEDS],
-}
+    "animals": [f"a {animal} {deed}" for animal in ANIMALS.split() for deed in DEEDS]}
 
 
 def read_text(path):
-    """A text file: UTF-8, or what its byte order mark says. UserError names the first wrong byte."""
+    """A UTF-8 file, with or without a byte order mark. UserError names the first wrong byte."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return data.decode(encoding)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start} is 0x{data[e.start]:02x}); save it as UTF-8") from e
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start} is 0x{e.object[e.start]:02x}); "
+                        "save it as UTF-8") from e
 
 
 def lines_of(text):
-    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text. With their numbers."""
+    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text. Numbered."""
     return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()]
 
 
 def load_prompts(spec):
-    """A built-in name, or a file -> list of prompts. A .txt, .prompts, or one without an ending: a prompt
-    a line; .jsonl, .ndjson: an object a line; .json: an array; .csv, .tsv: a table with a header. Objects
-    and tables hold "prompt", "caption" or "text"."""
+    """A built-in name, or a file -> list of prompts. A .txt, .prompts, or one without an ending: a
+    prompt a line; .jsonl, .ndjson: an object a line; .json: an array; .csv, .tsv: a table with a
+    header. Objects and tables hold "prompt", "caption" or "text", in any case of letters."""
     source = PROMPTS.get(spec, spec)
     if isinstance(source, list):
         return source
-    path = fetch(*source) if isinstance(source, tuple) else Path(source)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS
-        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {', '.join(near)}?")
+    path = first_of(*source) if isinstance(source, tuple) else Path(source)
+    if not path.exists() or path.is_dir():
+        near = ", ".join(difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS)
+        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {near}?")
     text = read_text(path)
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
@@ -1474,32 +1542,58 @@ def load_prompts(spec):
     elif ending == ".json":
         rows = json_value(path, 1, text)
         if not isinstance(rows, list):
-            raise UserError(f"prompts {path}: expected a JSON array of strings or of objects with \"prompt\"")
+            raise UserError(f'prompts {path}: expected a JSON array of strings or objects with "prompt"')
         rows = list(enumerate(rows, 1))
     elif ending in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if ending == ".tsv" else ",")
-        rows = list(enumerate(table, 2))
+        rows = table_rows(path, text, "\t" if ending == ".tsv" else ",")
     elif ending in (".txt", ".prompts", ""):
         rows = lines_of(text)
     else:
-        raise UserError(f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a line), .jsonl, "
-                        ".ndjson, .json, .csv or .tsv")
+        raise UserError(f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a "
+                        "line), .jsonl, .ndjson, .json, .csv or .tsv")
     prompts = [prompt_of(path, n, row) for n, row in rows]
     if not prompts:
         raise UserError(f"prompts {path}: empty; expected a prompt a line")
     return prompts
 
 
+def first_of(sha256, *urls):
+    """A file of the web that has several addresses."""
+    for url in urls[:-1]:
+        with contextlib.suppress(UserError):
+            return fetch(url, sha256)
+    return fetch(urls[-1], sha256)
+
+
+def table_rows(path, text, delimiter):
+    """A table with a header -> [(line, {column: cell})]. Nothing is cut or joined: UserError."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for row in reader:
+            if len(row) > len(header):
+                raise csv.Error(f"{len(row)} cells under {len(header)} columns; quote a cell that "
+                                "holds the separator")
+            if row:
+                rows.append((reader.line_num, dict(zip(header, row))))
+    except csv.Error as e:
+        raise UserError(f"{path}, line {reader.line_num}: no table ({e})") from e
+    return rows
+
+
 def prompt_of(path, n, row):
     """A row of a prompt file, text or an object -> its prompt."""
     if isinstance(row, dict):
+        row = {str(key).lower(): value for key, value in row.items()}
         row = next((row[key] for key in ("prompt", "caption", "text") if row.get(key)), None)
     if not isinstance(row, str) or not row.strip():
-        raise UserError(f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" or "text"')
+        raise UserError(f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" '
+                        'or "text"')
     try:
         row.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{path}, entry {n}: half of a surrogate pair ({row[e.start]!a}) is no text") from e
+        raise UserError(f"{path}, entry {n}: half of a surrogate pair ({row[e.start]!a})") from e
     return row.strip()
 
 
@@ -1521,13 +1615,14 @@ def load_pairs(path):
         row = json_value(path, n, line)
         sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, dict) else []
         if not sides or not all(isinstance(side, list) and side for side in sides):
-            raise UserError(f'{path}, line {n}: expected an object with "prompt": text, "chosen": a list of files, '
-                            '"rejected": a list of files')
+            raise UserError(f'{path}, line {n}: expected an object with "prompt": text, "chosen": a '
+                            'list of files, "rejected": a list of files')
         prompt = prompt_of(path, n, {"prompt": row.get("prompt")})
         chosen, rejected = ([home / str(file) for file in side] for side in sides)
         for file in chosen + rejected:
             if not file.resolve().is_relative_to(home):
-                raise UserError(f"{path}, line {n}: {file} lies outside {home}; put the pictures beside the list")
+                raise UserError(f"{path}, line {n}: {file} lies outside {home}; put the pictures "
+                                "beside the list")
             read_picture(file)
         pairs.append((prompt, chosen, rejected))
     if not pairs:
@@ -1536,8 +1631,8 @@ def load_pairs(path):
 
 
 def read_picture(source, formats=None):
-    """A picture file, or one open in memory -> PIL RGB as people see it: turned as EXIF says, 16-bit
-    grey scaled, alpha on white, the first frame. UserError names the file."""
+    """A picture file, or one open in memory -> PIL RGB as people see it: turned as EXIF says,
+    16-bit grey scaled, alpha on white, the first frame. UserError names the file."""
     try:
         image = Image.open(source, formats=formats)
         image.load()
@@ -1545,7 +1640,8 @@ def read_picture(source, formats=None):
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, dtype=np.float64)
             top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
-            image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+            values = values.clip(0, top) * (255 / top)
+            image = Image.fromarray(values.round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1555,7 +1651,7 @@ def read_picture(source, formats=None):
 
 
 def load_pictures(files, side):
-    """Files of n pictures -> (n,3,side,side) in [0,1]: the middle square, resized."""
+    """Files of n pictures -> (n, 3, side, side) in [0, 1]: the middle square, resized."""
     pictures = []
     for file in files:
         square = ImageOps.fit(read_picture(file), (side, side), Image.Resampling.BICUBIC)
@@ -1564,613 +1660,39 @@ def load_pictures(files, side):
 
 
 def as_tensor(image):
-    """PIL image -> (3,H,W) in [0,1]; a tensor stays as it is."""
+    """PIL image -> (3, H, W) in [0, 1]; a tensor stays as it is."""
     if isinstance(image, torch.Tensor):
         return image.float()
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def to_pil(images):
-    """float (B,3,H,W) in [0,1] -> list of B PIL images, round(255 x)."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-def picture_grid(rows, captions, labels):
-    """Rows of PIL pictures under captions (one a column), labels at the left -> one PIL picture."""
-    width = rows[0][0].width
-    side = 256 if width >= 256 else width * max(1, 160 // width)  # small ones by a whole factor
-    font = ImageFont.load_default(13)
-    bold = ImageFont.load_default(14)
-    texts = ["\n".join(textwrap.wrap(caption, side // 7)[:4]) for caption in captions]
-    labels = ["\n".join(textwrap.wrap(label, 14)) for label in labels]
-    top = 14 + 17 * max(text.count("\n") + 1 for text in texts)
-    left = 18 + max(int(bold.getlength(line)) for label in labels for line in label.split("\n"))
-    size = left + len(captions) * (side + 5), top + len(rows) * (side + 5)
-    grid = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(grid)
-    for column, text in enumerate(texts):  # captions stand on the pictures
-        draw.multiline_text((left + column * (side + 5), top - 6), text, "#22262e", font, "ld", 3)
-    for y, pictures, label in zip(range(top, size[1], side + 5), rows, labels):
-        draw.multiline_text((8, y + side // 2), label, "#22262e", bold, "lm", 3)
-        for column, picture in enumerate(pictures):
-            method = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            x = left + column * (side + 5)
-            grid.paste(picture.resize((side, side), method), (x, y))
-            draw.rectangle((x, y, x + side - 1, y + side - 1), outline="#d5d8de")
-    return grid
-
-
-# ===== the folder of a run
-
-class RunFolder:
-    """A run's own folder: config.json, metrics.jsonl, checkpoints, the LoRA, samples/.
-
-    path: where; metrics: the figures of every step so far, a dict each."""
-
-    def __init__(self, cfg, prompts, step):
-        """Goes on in the folder of --resume, or claims a new one: config.json opens exclusively."""
-        self.cfg = cfg
-        self.metrics = []
-        self.began = time.perf_counter()
-        self.path = Path(cfg.resume)
-        self.made = False
-        self.first = step
-        if not cfg.resume:
-            self.claim()
-        config = asdict(cfg)
-        config["versions"] = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
-        config["sha256"] = {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-        source = Path(cfg.reward.rpartition(":")[0])
-        if source.suffix == ".py" and source.is_file():
-            config["sha256"]["reward"] = hashlib.sha256(source.read_bytes()).hexdigest()
-        if cfg.resume:
-            self.say_changes(config)
-            self.metrics = read_metrics(self.path, step)
-            kept = "".join(json.dumps(metrics) + "\n" for metrics in self.metrics)
-            write_atomic(self.path / "metrics.jsonl", kept.encode())
-        write_atomic(self.path / "config.json", json.dumps(config, indent=1).encode())
-
-    def claim(self):
-        """A folder for this run alone; a default name moves on to the next free one."""
-        cfg = self.cfg
-        what = "pairs" if cfg.pairs else re.sub(r"\W+", "-", Path(cfg.reward.partition(":")[0]).stem)
-        name = f"runs/{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for n in itertools.count(1):
-            self.path = Path(cfg.out or (name if n == 1 else f"{name}-{n}"))
-            self.made = not self.path.exists()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if not (self.path / "metrics.jsonl").exists():
-                    open(self.path / "config.json", "x").close()
-                    return
-            except FileExistsError:
-                pass
-            except OSError as e:
-                raise UserError(f"--out {self.path}: {e.strerror}") from e
-            if cfg.out:
-                raise UserError(f"--out {self.path} holds a run already, or is a file; expected a new or empty "
-                                f"folder (to go on with that run: --resume {self.path})")
-
-    def say_changes(self, config):
-        """With --resume: a line for each setting, and for prompts and reward file, that is another now."""
-        saved = read_config(self.path)
-        for f in fields(self.cfg):
-            before = saved.get(f.name, f.default)
-            before = tuple(before) if isinstance(before, list) else before
-            if f.name not in ("resume", "out") and getattr(self.cfg, f.name) != before:
-                name = f.name.replace("_", "-")
-                print(f"--{name} is {getattr(self.cfg, f.name)} from here on; it was {before}", file=sys.stderr)
-        for name, digest in saved.get("sha256", {}).items():
-            if config["sha256"].get(name) != digest:
-                print(f"the {name} changed since this run began", file=sys.stderr)
-
-    def describe(self, G, prompts):
-        """What a run is about to do: its settings, and the arithmetic of its batch."""
-        cfg = self.cfg
-        print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items() if value != ""))
-        gpus = int(os.environ.get("WORLD_SIZE", 1))
-        print(f"{cfg.batch} prompts x {cfg.candidates} candidates{f' x {gpus} ranks' * (gpus > 1)} = "
-              f"{cfg.batch * cfg.candidates * gpus} pictures an update; {len(prompts):,} prompts; "
-              f"{sum(p.numel() for p in G.parameters()):,} trainable weights; {G.dtype} on {G.device}")
-        most = G.pipe.tokenizer.model_max_length
-        ids = G.pipe.tokenizer(prompts).input_ids
-        long = sum(len(tokens) > most for tokens in ids)
-        if long:
-            print(f"{long} prompts are longer than {most} tokens: their end is not seen", file=sys.stderr)
-
-    def log(self, metrics, show=False):
-        """Append a step's figures to metrics.jsonl (what is not finite is null), and print some lines."""
-        if torch.cuda.is_initialized():
-            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
-        self.metrics.append(metrics)
-        try:
-            with open(self.path / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(metrics) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.path}/metrics.jsonl could not be written ({e.strerror}); the last checkpoint "
-                            "is intact") from e
-        step = metrics["step"]
-        if show or step % self.cfg.log_every == 0 or step == self.first + 1:
-            print(figures_line(metrics, self.cfg.steps, self.began, self.first), flush=True)
-        for steps, name, silent, text in ((3, "reward_mean", None, "had no opinion (NaN) on any picture"),
-                                          (20, "reward_std", 0, "scored all candidates of each prompt the same")):
-            last = [m.get(name, "none") for m in self.metrics[-steps - 1:]]
-            if last[-steps:] == [silent] * steps and last != [silent] * (steps + 1):
-                print(f"the reward {text} for {steps} steps: there is nothing to rank by", file=sys.stderr)
-
-    @torch.no_grad()
-    def preview(self, G, prompts, step):
-        """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
-        if not self.cfg.preview_every:
-            return
-        n = min(8, len(prompts))
-        shown = [prompts[i * len(prompts) // n] for i in range(n)]
-        rows = []
-        for context in (G.reference(), nullcontext()):
-            with context:
-                row = []
-                for i, prompt in enumerate(shown):  # one at a time: it never needs more memory than the run
-                    g = torch.Generator().manual_seed((self.cfg.seed + i) % 2 ** 63)
-                    e = torch.randn((1, *G.noise_shape), generator=g).to(G.device)
-                    row += to_pil(G.decode(G.sample(e, G.encode([prompt]))))
-            rows.append(row)
-        (self.path / "samples").mkdir(exist_ok=True)
-        picture_grid(rows, shown, ["base", "tuned"]).save(self.path / "samples" / f"step-{step:06d}.png")
-
-    def discard(self):
-        """A run that made no step leaves nothing that would block the mended command."""
-        if self.made:
-            shutil.rmtree(self.path, ignore_errors=True)
-        for pattern in ("config.json", "metrics.jsonl", "*checkpoint*", "*_lora*.safetensors", "samples/step-*.png"):
-            for file in self.path.glob(pattern):
-                file.unlink()
-        with suppress(OSError):
-            (self.path / "samples").rmdir()
-
-
-@contextmanager
-def open_run(cfg, G, prompts, at, save):
-    """The run's RunFolder (None but for rank 0). However the run ends, save(folder) keeps what it reached, and a run
-    that made no step leaves nothing. at: {"step"} as it stands."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        yield None
-        return
-    first = at["step"]
-    folder = RunFolder(cfg, prompts, first)
-    try:
-        if not cfg.resume:
-            save(folder.path)
-            folder.preview(G, prompts, 0)
-        folder.describe(G, prompts)
-        yield folder
-        path = folder.path
-        if at["step"] < cfg.steps:
-            print(f"stopped; go on with: python drpo.py --resume {path}", file=sys.stderr)
-        else:
-            print(f"done: {path}\nlook at {path}/samples; compare with the base: python eval.py {path}")
-    except BaseException as e:
-        if at["step"] == 0 and not cfg.resume:
-            folder.discard()
-        elif at["step"] > first and not isinstance(e, KeyboardInterrupt):  # that may be mid-step
-            save(folder.path)
-        if isinstance(e, UserError):
-            go_on = f" (go on with --resume {folder.path})" if at["step"] else ""
-            raise UserError(f"step {at['step'] + 1}: {e}{go_on}") from e
-        raise
-
-
-def newest_checkpoint(folder):
-    """The newest whole checkpoint of a run. Objects are never unpickled; a torn or changed file (its archive has a CRC)
-    is set aside, and the one before is taken."""
-    problems = []
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        path = Path(folder) / name
-        try:
-            if zipfile.ZipFile(path).testzip():  # torch itself does not look at it
-                raise ValueError("its CRC differs")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:
-            problems.append(f"{name}: {one_line(e)}")
-            if path.exists():
-                path.rename(path.with_suffix(".torn"))  # never to be kept in place of a good one
-            continue
-        if problems:
-            print(f"{folder}: {problems[0]}; going on from {name}", file=sys.stderr)
-        return state
-    raise UserError(f"{folder}: no checkpoint to go on from ({'; '.join(problems)})")
-
-
-def save_checkpoint(folder, state):
-    """Write checkpoint.pt; the one before stays as checkpoint.previous.pt."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(folder / "checkpoint.pt", buffer.getvalue(), keep=folder / "checkpoint.previous.pt")
-
-
-class Stop:
-    """Context in which SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once. signal: the
-    one that came, or 0. Forked children of a reward, and whoever comes after, have the handlers of before."""
-    active = None
-    forking = threading.local()
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = {}
-        Stop.active = self
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        Stop.active = None
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        """The first is remembered, the second does what it did before this run."""
-        if not self.signal:
-            self.signal = number
-            print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
-            return
-        self.__exit__()
-        os.kill(os.getpid(), number)
-
-    @staticmethod
-    def before_fork():
-        """A signal that reaches the child before it has the handlers of before waits until it has them."""
-        Stop.forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-
-    @staticmethod
-    def in_parent():
-        """After a fork: what came meanwhile comes now."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, Stop.forking.mask)
-
-    @staticmethod
-    def in_child():
-        """At a fork, before any code runs: a child that waits in a lock could not run a handler of ours."""
-        if Stop.active:
-            Stop.active.__exit__()
-        signal.pthread_sigmask(signal.SIG_SETMASK, Stop.forking.mask)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=Stop.before_fork, after_in_parent=Stop.in_parent, after_in_child=Stop.in_child)
-
-
-FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}", "reward_worst": "worst {:.4g}",
-           "diversity": "diversity {:.0%}", "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}",
-           "seconds": "{:.2f} s", "peak_gib": "{:.1f} GiB"}
-
-
-def figures_line(metrics, steps, began, first):
-    """One readable line of a step's figures, with the time that is left."""
-    parts = [f"step {metrics['step']}/{steps}"]
-    for name, text in FIGURES.items():
-        if metrics.get(name) is not None:
-            parts.append(text.format(metrics[name]))
-    parts[2:2] = [f"{name[6:]} {value:.4g}" for name, value in metrics.items()
-                  if name.startswith("watch/") and value is not None]
-    if metrics.get("skipped"):
-        parts.append(f"no anchors for {metrics['skipped']:.0%} of the prompts")
-    if not metrics["applied"]:
-        parts.append("NOT FINITE, not applied")
-    left = int((time.perf_counter() - began) / (metrics["step"] - first) * (steps - metrics["step"]))
-    return "  ".join(parts) + f"  left {left // 60}:{left % 60:02d}"
-
-
-def read_config(folder):
-    """config.json of a run as a dict."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: no run (config.json is missing or no JSON: {one_line(e)})") from e
-
-
-def read_metrics(folder, last=math.inf):
-    """metrics.jsonl up to step `last`; a torn or blank line is left out, of two of a step the later stays."""
-    path = Path(folder) / "metrics.jsonl"
-    found = {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            metrics = json.loads(line)
-            if 0 < metrics["step"] <= last:
-                found[metrics["step"]] = metrics
-    return [found[step] for step in sorted(found)]
-
-
-def seed_everything(seed):
-    """Seed the generators that a reward may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
-
-def random_states(states=None):
-    """The generators that a reward may draw from, as plain data; given states are put in place first."""
-    if states:
-        torch.set_rng_state(states["torch"])
-        np.random.set_state(tuple(states["numpy"]))
-        version, words, gauss = states["python"]
-        random.setstate((version, tuple(words), gauss))
-    name, words, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, words.tolist(), *rest]}
-
-
-# ===== models and LoRAs of others: read whole, or refused by name
-
-LATENT_MAE = ("https://modelscope.cn/models/jiangzhou130v1/drpo-mae-latent-256/resolve/master/"
-              "mae_latent_256_torch.pth", "4810249905d2882a41d5a0fe97ebac995af8918dbe121daa9871e5bc605445b1")
-
-
-def read_latent_mae(path, encoder):
-    """DrPO's authors' file -> {name: weight} of its encoder: convolutions `.kernel` (HWIO) or `.weight` (OIHW), norms
-    `.scale` or `.weight`. UserError: torn, or not all that encoder(weights, latents) asks for."""
-    path = path or fetch(*LATENT_MAE)
-    weights = {}
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        found = found.get("state_dict", found.get("model_state_dict", found))
-        for key, value in found.items():
-            key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # of DistributedDataParallel, torch.compile
-            if key.endswith(".kernel"):
-                value = value.permute(3, 2, 0, 1)
-            if key.startswith("encoder."):
-                weights[re.sub(r"\.(kernel|scale)$", ".weight", key[8:])] = value.float()
-        encoder(weights, torch.zeros(1, 4, 16, 16))
-    except Exception as e:  # torn and foreign files fail in many ways
-        raise UserError(f"{path}: no latent-MAE, the file of {LATENT_MAE[0]} ({one_line(e)})") from e
-    return weights
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya_lora.safetensors"
-
-
-def kohya_name(name, xl):
-    """A layer's name in kohya's sd-scripts, which count SDXL's blocks as its first release did: an
-    input block for conv_in, then two with attention and a downsampler each, upward three each."""
-    flat = name.replace(".", "_")
-    match = re.match(r"(down|mid|up)_blocks?_(?:(\d)_)?attentions_(\d)", flat)
-    if not xl or not match:  # SD keeps diffusers' names
-        return "lora_unet_" + flat
-    block = int(match[2] or 0)
-    attention = int(match[3])
-    place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
-             "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
-    return "lora_unet_" + place + flat[match.end():]
-
-
-LORA_KEY = re.compile(  # of diffusers, peft, kohya and older files: layer, and A, B, down, up or alpha
-    r"(?:base_model\.model\.)?(?:unet\.)?(.+?)\.(?:lora[._])?(A|B|down|up|alpha)(?:\.default)?(?:\.weight)?")
-
-
-def lora_file(path):
-    """The LoRA of a folder, or the file itself."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return path / (LORA_FILE if (path / LORA_FILE).exists() else KOHYA_FILE)
-
-
-def lora_metadata(path):
-    """What a LoRA file, or the one in a folder, says of itself."""
-    from safetensors import safe_open
-    try:
-        with safe_open(lora_file(path), "pt") as f:
-            return f.metadata() or {}
-    except Exception as e:  # safetensors has an exception of its own
-        raise UserError(f"{lora_file(path)}: not a readable LoRA file ({one_line(e)})") from e
-
-
-def read_lora(path, layers, xl, base):
-    """A LoRA file, or the one in a folder, for {name: nn.Linear} of a base -> its metadata, {name: (down, up, alpha)}.
-    UserError: an entry fits no layer, is missing or of another shape."""
-    from safetensors.torch import load_file
-    metadata = lora_metadata(path)
-    layer_of = {}
-    for name in layers:
-        layer_of |= {name: name, kohya_name(name, xl): name, kohya_name(name, False): name}
-    parts_of = {}
-    left = []
-    try:
-        for key, value in load_file(lora_file(path)).items():
-            match = LORA_KEY.fullmatch(key)
-            if match and match[1] in layer_of:
-                part = {"A": "down", "B": "up"}.get(match[2], match[2])
-                parts_of.setdefault(layer_of[match[1]], {})[part] = value.float()
-            else:
-                left.append(key)
-        adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # of diffusers and peft
-    except Exception as e:
-        raise UserError(f"{lora_file(path)}: not a readable LoRA file ({one_line(e)})") from e
-    adapter = {key.removeprefix("unet."): value for key, value in adapter.items()}
-    found = {}
-    for name, parts in parts_of.items():
-        alpha = adapter.get("lora_alpha")
-        for pattern, value in (adapter.get("alpha_pattern") or {}).items():
-            if name.endswith(pattern):
-                alpha = value
-        rank = len(parts.get("down", ()))
-        if alpha is None:
-            alpha = rank  # without one the scale is 1
-        shapes = {part: tuple(parts[part].shape) for part in ("down", "up") if part in parts}
-        if shapes == {"down": (rank, layers[name].in_features), "up": (layers[name].out_features, rank)}:
-            found[name] = parts["down"], parts["up"], float(parts.get("alpha", alpha))
-        else:
-            left.append(name)
-    if left or not found:
-        raise UserError(f"{path}: {len(left)} entries do not fit the attention layers of {base or 'this base'}, "
-                        f"{', '.join(left[:1]) or 'nothing in it'} first (made for the base "
-                        f"{metadata.get('base_model', 'not stated')})")
-    return metadata, found
-
-
-def write_lora(folder, layers, xl, metadata):
-    """{layer: (down, up, alpha)} -> LORA_FILE for diffusers, KOHYA_FILE for the others, who look in its metadata for
-    what it fits."""
-    from safetensors.torch import save
-    diffusers = {}
-    kohya = {}
-    for name, (down, up, alpha) in layers.items():
-        key = kohya_name(name, xl)
-        rank = len(down)
-        diffusers[f"unet.{name}.lora_A.weight"] = kohya[f"{key}.lora_down.weight"] = down
-        diffusers[f"unet.{name}.lora_B.weight"] = up * (alpha / rank)  # alpha = rank there
-        kohya[f"{key}.lora_up.weight"] = up
-        kohya[f"{key}.alpha"] = torch.tensor(alpha)
-    metadata = {**metadata, "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
-                "ss_network_alpha": str(alpha)}
-    if xl:
-        metadata["ss_base_model_version"] = "sdxl_base_v1-0"
-    write_atomic(Path(folder) / LORA_FILE, save(diffusers, metadata))
-    write_atomic(Path(folder) / KOHYA_FILE, save(kohya, metadata))
-
-
-def load_transformer(class_name, source):
-    """A frozen network of transformers from a folder or the hub."""
-    import transformers
-    try:
-        net = getattr(transformers, class_name).from_pretrained(source)
-    except Exception as e:
-        raise UserError(f"features: {hub_trouble(source, e)}") from e
-    return net.eval().requires_grad_(False)
-
-
-def say_other_start(scheduler, t):
-    """Say so where a folder's own scheduler would not start at t in one step."""
-    try:
-        scheduler.set_timesteps(1)
-        own = int(scheduler.timesteps[0])
-        does = f"would start at t = {own} in one step"
-    except (ValueError, IndexError, RuntimeError):
-        own, does = None, "cannot take one step"
-    if own != t:
-        spacing = scheduler.config.get("timestep_spacing")
-        print(f"{type(scheduler).__name__} ({spacing} spacing) {does}; here t = {t} (--timestep)", file=sys.stderr)
-
-
-def is_xl(index):
-    """Whether a model_index.json, or a pipeline's config, is of SDXL."""
-    return str(index.get("_class_name", "")).startswith("StableDiffusionXL")
-
-
-def model_index(path, known):
-    """model_index.json of a diffusers folder or a hub id. UserError: no such model, gated; known: names of ours."""
-    path = str(path)
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        pick("model", path, known, "or a local diffusers folder, or a hub id owner/name")
-    try:
-        index = Path(path) / "model_index.json"
-        if not Path(path).is_dir():
-            from huggingface_hub import hf_hub_download
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its five retries: we say it in one line
-            index = hf_hub_download(path, "model_index.json")
-        return json.loads(Path(index).read_text(encoding="utf-8"))
-    except Exception as e:
-        raise UserError(f"{hub_trouble(path, e)}{WAYS_ON}") from e
-
-
-WAYS_ON = ". Ways on: --model toy, or the path of a diffusers folder in SD or SDXL layout"
-IMPLEMENTED = {  # what entries of the networks' configs may be: others would change the result
-    "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0), "latent_channels": (4,)},
-    "unet": {"in_channels": (4,), "out_channels": (4,), "time_cond_proj_dim": (None,), "class_embed_type": (None,),
-             "encoder_hid_dim_type": (None,), "addition_embed_type": (None, "text_time"),
-             "sample_size": range(1, 1025)},
-    "text_encoder": {}, "text_encoder_2": {}}
-
-
-def load_pipeline(path, index, dtype):
-    """The pipeline of a diffusers folder or a hub id, on the CPU. UserError: what cannot be had, is not read whole, or
-    is not implemented."""
-    import diffusers
-    import transformers
-    for library in (diffusers, transformers):  # what goes wrong is said in one line, by us
-        library.utils.logging.set_verbosity(logging.CRITICAL)
-        library.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    try:
-        folder = path
-        if not Path(path).is_dir():
-            try:  # half the download
-                folder = diffusers.DiffusionPipeline.download(path, variant="fp16")
-            except (OSError, ValueError):
-                folder = diffusers.DiffusionPipeline.download(path)
-        return assemble(folder, index, dtype, diffusers, transformers)
-    except Exception as e:  # truncated files, pointers to files, a hub out of reach, ...
-        raise UserError(f"{hub_trouble(path, e)}{WAYS_ON}") from e
-
-
-def assemble(folder, index, dtype, diffusers, transformers):
-    """The pipeline of a diffusers folder, network by network. ValueError: not whole, not implemented."""
-    parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-             "text_encoder": transformers.CLIPTextModel}
-    kind, rest = diffusers.StableDiffusionPipeline, dict(safety_checker=None,
-                                                         requires_safety_checker=False)
-    if is_xl(index):
-        parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection
-        kind = diffusers.StableDiffusionXLPipeline
-        rest = {}
-    unet_files = [file.name for file in (Path(folder) / "unet").glob("*model*")]
-    half = unet_files and all(".fp16." in name for name in unet_files)
-    for part, cls in parts.items():
-        if (index.get(part) or ["", ""])[1] != cls.__name__:
-            raise ValueError(f"its {part} is no {cls.__name__}; expected an SD or SDXL layout")
-        config = cls.load_config(folder, subfolder=part) if part in ("unet", "vae") else {}
-        for name, known in IMPLEMENTED[part].items():
-            if config.get(name, known[0]) not in known:
-                raise ValueError(f"its {part} has {name} = {config[name]}, which is not implemented")
-        net, report = cls.from_pretrained(
-            folder, subfolder=part, output_loading_info=True, variant="fp16" if half else None,
-            **{"dtype" if "text" in part else "torch_dtype": dtype})
-        for trouble in ("missing", "unexpected"):
-            keys = [key for key in report[f"{trouble}_keys"] if not key.endswith("position_ids")]
-            if keys:
-                raise ValueError(f"{part}: {len(keys)} {trouble} weights, {min(keys)} first")
-        parts[part] = net
-    return kind.from_pretrained(folder, **parts, **rest, feature_extractor=None, image_encoder=None)
-
-
-def replace_unet(unet, file):
-    """Put the weights of a file, or of owner/repo/file on the hub, into a UNet, whole."""
-    try:
-        path = Path(file)
-        if not path.is_file():
-            from huggingface_hub import hf_hub_download
-            owner, repo, name = file.split("/", 2)
-            path = Path(hf_hub_download(f"{owner}/{repo}", name))
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        unet.load_state_dict(state)
-    except Exception as e:
-        raise UserError(f"--unet {file}: {one_line(e)}; expected the weights of this base's UNet, a "
-                        "file, or owner/repo/file of the hub") from e
+    """float (B, 3, H, W) in [0, 1] -> list of B PIL images, round(255 x)."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 # ===== the names, and the command line
 
 REWARDS = {
-    "pickscore": pickscore, "clip": clip, "aesthetic": aesthetic, "hpsv2": hpsv2, "imagereward": imagereward,
-    "hpsv3": hpsv3, "geneval": geneval, "jpeg": no_files(jpeg), "incompressibility": no_files(incompressibility),
-    "scene": scene, "vlm": vlm,
-}
+    "pickscore": pickscore, "clip": clip, "aesthetic": aesthetic, "hpsv2": hpsv2,
+    "imagereward": imagereward, "hpsv3": hpsv3, "geneval": geneval, "jpeg": no_files(jpeg),
+    "incompressibility": no_files(incompressibility), "scene": scene, "vlm": vlm}
 
 
 def table():
-    """Names, sizes, licences, models and scales as aligned lines, read off the factories' docstrings."""
+    """Names, sizes, licences, models and scales as aligned lines, off the factories' docstrings."""
     lines = []
     for name, factory in REWARDS.items():
-        facts = dict(re.findall(r"^(\w+) +(.*(?:\n {9}.*)*)$", inspect.getdoc(factory), re.MULTILINE))
+        doc = inspect.getdoc(factory)
+        facts = dict(re.findall(r"^(\w+) +(.*(?:\n {9}.*)*)$", doc, re.MULTILINE))
         facts = {key: " ".join(text.split()) for key, text in facts.items()}
         lines.append("{:16} {size}; {scale}; licence: {licence}".format(name, **facts))
         lines.append(f"{'':16} model: {facts['model']}; compared with {facts['compared']}")
-    note = "Compared with random weights of the true size, except for the real aesthetic head; no hub was in reach."
-    return "\n".join(lines + [note, "also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy"])
+    lines.append("Compared with random weights of the true size, except for the real aesthetic head.")
+    lines.append("also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy")
+    lines.append(f"prompts: {', '.join(PROMPTS)}, or a file")
+    return "\n".join(lines)
 
 
 def score_files(args):
@@ -2178,25 +1700,26 @@ def score_files(args):
     images = [read_picture(path) for path in args.images]
     reward = load(args.name, args.device)
     scores = reward.score(images, [args.prompt] * len(images))
-    columns = [*scores.values(), reward.combine(scores)] if len(scores) > 1 else [*scores.values()]
-    print("\t".join([*scores, "combined"][:len(columns)]) + "\tfile")
-    for path, *row in zip(args.images, *columns):
-        print("\t".join(f"{value:.6g}" for value in row) + f"\t{path}")
+    columns = dict(scores)
+    if len(scores) > 1:
+        columns["combined"] = reward.combine(scores)
+    print("\t".join([*columns, "file"]))
+    for path, *row in zip(args.images, *columns.values()):
+        print("\t".join([f"{value:.6g}" for value in row] + [path]))
 
 
 def serve(args):
     """Serve a reward until interrupted."""
-    bound = server(load(args.name, args.device), args.host, args.port, os.environ.get("REWARD_TOKEN"),
-                   int(args.max_body * 2**20))
+    reward = load(args.name, args.device)
+    bound = server(reward, args.host, args.port, os.environ.get("REWARD_TOKEN"))
     print(f"serving {args.name} at http://{args.host}:{bound.server_port}", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         bound.serve_forever()
-    except KeyboardInterrupt:
-        bound.server_close()
+    bound.server_close()
 
 
 def main(argv=None):
-    """The command line -> exit code: 0, or 2 with one line on stderr."""
+    """The command line: what the user can mend ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Score pictures, list the rewards, or serve one.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the rewards by name, with size, licence and scale")
@@ -2204,21 +1727,17 @@ def main(argv=None):
     one.add_argument("--prompt", required=True)
     one.add_argument("name")
     one.add_argument("images", nargs="+")
-    other = commands.add_parser("serve", help="serve a reward over HTTP; REWARD_TOKEN in the environment guards it")
+    other = commands.add_parser("serve", help="serve a reward over HTTP, guarded by REWARD_TOKEN")
     other.add_argument("name")
     other.add_argument("--port", type=int, default=8000)
     other.add_argument("--host", default="127.0.0.1")
-    other.add_argument("--max-body", type=float, default=256, help="MB that a request may have")
     for command in (one, other):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         {"list": lambda args: print(table()), "score": score_files, "serve": serve}[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.modules["rewards"] = sys.modules["__main__"]  # lab's rewards import this very module
+    main()

@@ -9,6 +9,7 @@ grow in OUT/results.json as they arrive, the table is OUT/results.md; the same c
 A cell is the mean over seeds, and the range of the seeds. New fields and features are registered in the tables
 of drpo.py, new rewards are named by file, as anybody would do it.
 """
+
 import argparse
 import json
 import os
@@ -73,34 +74,35 @@ def warm(images, prompts):
 
 # ===== fields that differ from the dipole: arguments and results as of drpo.dipole_target
 
-def toward(z, z_ref, V, cfg):
+
+def toward(z, z_ref, V, *, radii, kernel, eta, lambda_ref):
     """The dipole's objective with another field V (N, D) in the place of the dipole's."""
     N, D = z.shape
     V, rms_pref = drpo.unit_rms(V)
-    V_ref, rms_ref = drpo.reference_drift(z, z_ref, radii=cfg.radii, kernel=cfg.kernel, return_rms=True)
-    u = drpo.mean_distance(drpo.distances(z, z)) / D ** 0.5
-    z_star = z + cfg.eta * u * (len(cfg.radii) * V + cfg.lambda_ref * V_ref)  # the dipole sums its radii
-    return [(z_star, 0.5 / (N * D * u ** 2))], {"rms_pref": rms_pref.expand(len(cfg.radii)), "rms_ref": rms_ref}
+    V_ref, rms_ref = drpo.reference_drift(z, z_ref, radii=radii, kernel=kernel)
+    u = drpo.mean_distance(drpo.distances(z, z)) / D**0.5
+    z_star = z + eta * u * (len(radii) * V + lambda_ref * V_ref)  # the dipole sums its radii
+    return z_star, 0.5 / (N * D * u**2), {"rms_pref": rms_pref.expand(len(radii)), "rms_ref": rms_ref}
 
 
-def best_of_k_target(z, z_ref, positive, negative, cfg):
-    """Best-of-K distillation: every candidate is regressed onto the best one of its prompt (m = 1)."""
-    if len(positive) == 0:  # all scores are equal: there is no best
-        return toward(z, z_ref, torch.zeros_like(z), cfg)
-    return toward(z, z_ref, positive.repeat(len(z) // len(positive), 1) - z, cfg)
+def best_of_k_target(z, z_ref, positive, negative, **settings):
+    """Best-of-K distillation: every candidate is regressed onto the best of its prompt (m = 1)."""
+    V = torch.zeros_like(z)
+    if len(positive):  # else all scores are equal: there is no best
+        V = positive.repeat(len(z) // len(positive), 1) - z
+    return toward(z, z_ref, V, **settings)
 
 
-def pairwise_target(z, z_ref, positive, negative, cfg, beta=5.0):
-    """Pairwise (DPO-like) regression: an anchor a of the best and b of the worst make a pair. With
-    -||z - a||^2 / 2 as log-likelihood the DPO loss is -log sigmoid(beta (z - z_ref)(a - b) / s^2): it
-    pulls each candidate along a - b, the less the more its margin over the reference has grown."""
-    T = len(z) // cfg.candidates
-    m = min(len(positive), len(negative)) // T
-    pair = (positive[:m * T] - negative[:m * T]).unflatten(0, (m, T))  # (m, T, D)
+def pairwise_target(z, z_ref, positive, negative, **settings):
+    """Pairwise (DPO-like) regression of maps with one vector a picture: an anchor a of the best and b
+    of the worst make a pair. With -||z - a||^2 / 2 as log-likelihood the DPO loss is
+    -log sigmoid(beta (z - z_ref)(a - b) / s^2), beta = 5: it pulls each candidate along a - b, the
+    less the more its margin over the reference has grown."""
+    m = min(len(positive), len(negative))
+    pair = positive[:m] - negative[:m]  # (m, D)
     s = drpo.mean_distance(drpo.distances(z, z))
-    margin = torch.einsum("ktd,jtd->kjt", (z - z_ref).unflatten(0, (-1, T)), pair) / s ** 2
-    V = torch.einsum("kjt,jtd->ktd", torch.sigmoid(-beta * margin), pair)
-    return toward(z, z_ref, V.flatten(0, 1), cfg)
+    margin = (z - z_ref) @ pair.T / s**2  # (K, m)
+    return toward(z, z_ref, torch.sigmoid(-5 * margin) @ pair, **settings)
 
 
 def latent_features(G, path=None):
@@ -110,6 +112,7 @@ def latent_features(G, path=None):
 
 def colour_features(G, path=None):
     """Mean and standard deviation of red, green and blue over the decoded picture: one map, D = 6."""
+
     def phi(x, condition):
         pictures = G.decode(x).flatten(2)  # (B, 3, H W)
         return [torch.cat([pictures.mean(2), pictures.std(2)], 1)[:, None]]
@@ -117,16 +120,22 @@ def colour_features(G, path=None):
     return phi
 
 
-def drift_on_colours_target(z, z_ref, positive, negative, cfg):
+def drift_on_colours_target(z, z_ref, positive, negative, **settings):
     """The dipole's objective, but on `colours` the drift toward the base alone, with weight lambda;
     on every other map lambda is the default."""
     if z.shape[1] != 6:  # D of `colours`; no other map has so few
-        return drpo.dipole_target(z, z_ref, positive, negative, drpo.replace(cfg, lambda_ref=drpo.Config.lambda_ref))
-    return drpo.dipole_target(z, z_ref, positive[:0], negative[:0], cfg)
+        settings["lambda_ref"] = drpo.Config.lambda_ref
+        return drpo.dipole_target(z, z_ref, positive, negative, **settings)
+    return drpo.dipole_target(z, z_ref, positive[:0], negative[:0], **settings)
 
 
-drpo.FIELDS.update({"best-of-k": best_of_k_target, "pairwise": pairwise_target,
-                    "drift-on-colours": drift_on_colours_target})
+drpo.FIELDS.update(
+    {
+        "best-of-k": best_of_k_target,
+        "pairwise": pairwise_target,
+        "drift-on-colours": drift_on_colours_target,
+    }
+)
 drpo.FEATURES.update({"latent": latent_features, "colours": colour_features})
 
 # ===== the tables: {label: settings that differ from the toy's}
@@ -141,32 +150,66 @@ for reward in ("scene", MINE + "warm", "incompressibility"):
             FIELD_TABLE[label] = {**field, "reward": reward, "lr": rate, "steps": 300}
 TABLES = {
     "default": {"default": {}},
-    "candidates": {"K 16, P 12": dict(candidates=16, batch=12),  # as many pictures a step
-                   "K 32, P 6": dict(candidates=32, batch=6), "K 64, P 3": dict(candidates=64, batch=3)},
+    "candidates": {
+        "K 16, P 12": dict(candidates=16, batch=12),  # as many pictures a step
+        "K 32, P 6": dict(candidates=32, batch=6),
+        "K 64, P 3": dict(candidates=64, batch=3),
+    },
     "anchors": {"m 1": dict(anchors=1), "m 4": dict(anchors=4), "m 12": dict(anchors=12)},
     "kernel": {"laplacian": dict(kernel="laplacian"), "cosine": dict(kernel="cosine")},
-    "radii": {"radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)), "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2))},
-    "features": {"features unet": dict(features="unet"), "features latent": dict(features="latent")},
+    "radii": {
+        "radii .5 1 2": dict(radii=(0.5, 1.0, 2.0)),
+        "radii .02 .05 .2": dict(radii=(0.02, 0.05, 0.2)),
+    },
+    "features": {
+        "features unet": dict(features="unet"),
+        "features latent": dict(features="latent"),
+    },
     "lambda": {f"lambda {value}": dict(lambda_ref=value) for value in (0.0, 0.1, 0.4, 1.0)},
     "eta": {"eta 0.3": dict(eta=0.3)},
-    "field": {"released field": dict(field="released", kernel="laplacian"), "released field and radii": RELEASED},
-    "noise": {"reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
-              "reward noise 1": dict(reward=MINE + "scene_noise_one")},
+    "field": {
+        "released field": dict(field="released", kernel="laplacian"),
+        "released field and radii": RELEASED,
+    },
+    "noise": {
+        "reward noise 0.5": dict(reward=MINE + "scene_noise_half"),
+        "reward noise 1": dict(reward=MINE + "scene_noise_one"),
+    },
     "binary": {"binary reward": dict(reward=MINE + "scene_binary")},
     "reversed": {"ranking reversed": dict(reward=MINE + "scene_reversed")},
     "fields": FIELD_TABLE,
-    "alternatives": {"best-of-K distillation": dict(field="best-of-k", anchors=1),
-                     "pairwise regression": dict(field="pairwise")},
-    "open": {f"drift alone on mean colours, lambda {value}":
-             dict(features="vae,colours", field="drift-on-colours", lambda_ref=value) for value in (0.2, 1.0)},
+    "alternatives": {
+        "best-of-K distillation": dict(field="best-of-k", anchors=1),
+        "pairwise regression": dict(field="pairwise"),
+    },
+    "open": {
+        f"drift alone on mean colours, lambda {value}": dict(
+            features="vae,colours", field="drift-on-colours", lambda_ref=value
+        )
+        for value in (0.2, 1.0)
+    },
 }
 TABLES["all"] = {}
-for name in ("default", "candidates", "anchors", "kernel", "radii", "features", "lambda", "eta", "field", "noise",
-             "binary", "reversed", "open"):
+for name in (
+    "default",
+    "candidates",
+    "anchors",
+    "kernel",
+    "radii",
+    "features",
+    "lambda",
+    "eta",
+    "field",
+    "noise",
+    "binary",
+    "reversed",
+    "open",
+):
     TABLES["all"].update(TABLES[name])
 
 
 # ===== what the caption leaves open
+
 
 def open_attributes(images, prompts):
     """Pictures of captions with one object and no colour -> entropy of the colours drawn, in bits (of
@@ -176,7 +219,7 @@ def open_attributes(images, prompts):
         wanted = parse(prompt)
         if wanted is None or len(wanted[0]) != 1:
             continue
-        (shape, color), = wanted[0]
+        ((shape, color),) = wanted[0]
         objects, _ = look(image)
         if len(objects) != 1:
             continue
@@ -188,7 +231,12 @@ def open_attributes(images, prompts):
     share = counts[counts > 0] / max(len(colors), 1)
     entropy = abs(float((share * np.log2(share)).sum()))
     flat = float(np.mean(ratios)) if ratios else None
-    return {"color_entropy": entropy, "colors": len(colors), "circle_flatness": flat, "circles": len(ratios)}
+    return {
+        "color_entropy": entropy,
+        "colors": len(colors),
+        "circle_flatness": flat,
+        "circles": len(ratios),
+    }
 
 
 def flatness(image):
@@ -202,16 +250,22 @@ def flatness(image):
 
 def open_figures(G, samples=64, seed=0):
     """`open_attributes` of the generator as it stands, on single-object captions in three wordings."""
-    nouns = [f"a {shape}" for shape in SCENE_SHAPES] + [f"a {color} circle" for color in SCENE_COLORS]
-    prompts = [f"{wording}{noun}" for noun in nouns for wording in ("", "a photo of ", "a picture of ")]
+    nouns = [f"a {shape}" for shape in SCENE_SHAPES] + [
+        f"a {color} circle" for color in SCENE_COLORS
+    ]
+    prompts = [
+        f"{wording}{noun}" for noun in nouns for wording in ("", "a photo of ", "a picture of ")
+    ]
     images, texts = [], []
-    for flat, _, pictures in evaluation.generate(G, prompts, samples, seed, 64):
-        images += rewards.to_pil(pictures)
-        texts += [prompts[f // samples] for f in flat]
+    for index, _, pictures in evaluation.generate(G, prompts, samples, seed, 64):
+        for p, row in zip(index, pictures):
+            images += row
+            texts += [prompts[p]] * samples
     return open_attributes(images, texts)
 
 
 # ===== running them
+
 
 def run_variant(folder):
     """Train and evaluate the variant in folder/job.json, in a process of its own; writes result.json."""
@@ -220,17 +274,38 @@ def run_variant(folder):
     settings = dict(job["settings"])
     if "radii" in settings:
         settings["radii"] = tuple(settings["radii"])  # JSON knows lists alone
-    fixed = dict(seed=job["seed"], device=job["device"], dtype="fp32", preview_every=0, save_every=10 ** 9,
-                 out=str(folder / time.strftime("run-%H%M%S")))
+    fixed = dict(
+        seed=job["seed"],
+        device=job["device"],
+        dtype="fp32",
+        preview_every=0,
+        save_every=10**9,
+        out=str(folder / time.strftime("run-%H%M%S")),
+    )
     began = time.perf_counter()
     run = drpo.train(drpo.Config.preset("toy", **fixed, **settings))
     minutes = (time.perf_counter() - began) / 60
 
     scored = "scene"
-    if "scene" not in settings.get("reward", "scene"):  # scene_noise and the like are scored by scene itself
+    if "scene" not in settings.get(
+        "reward", "scene"
+    ):  # scene_noise and the like are scored by scene itself
         scored = f"{settings['reward']},scene"
-    args = evaluation.parse([str(run), "--rewards", scored, "--device", job["device"], "--dtype", "fp32",
-                             "--samples", str(job["samples"]), "--batch", "64"])
+    args = evaluation.parse(
+        [
+            str(run),
+            "--rewards",
+            scored,
+            "--device",
+            job["device"],
+            "--dtype",
+            "fp32",
+            "--samples",
+            str(job["samples"]),
+            "--batch",
+            "64",
+        ]
+    )
     columns = evaluation.evaluate(args)["columns"]
     base, tuned = columns["base"], columns[Path(run).name]
     name = scored.split(",")[0]
@@ -239,11 +314,18 @@ def run_variant(folder):
         kinds[kind] = values["mean"][0]
     G = drpo.load_generator("toy", device=job["device"])
     G.load_lora(run)
-    result = {"right": kinds["all"], "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
-              "diversity_right": tuned["right_diversity"]["scene"]["relative"][0],
-              "diversity": tuned["diversity"]["relative"][0], "distance": tuned["distance"],
-              "reward_base": base["rewards"][name]["mean"][0], "reward": tuned["rewards"][name]["mean"][0],
-              "minutes": minutes, "kinds": kinds, **open_figures(G)}
+    result = {
+        "right": kinds["all"],
+        "right_base": base["accuracy"]["scene"]["all"]["mean"][0],
+        "diversity_right": tuned["right_diversity"]["scene"]["relative"][0],
+        "diversity": tuned["diversity"]["relative"][0],
+        "distance": tuned["distance"],
+        "reward_base": base["rewards"][name]["mean"][0],
+        "reward": tuned["rewards"][name]["mean"][0],
+        "minutes": minutes,
+        "kinds": kinds,
+        **open_figures(G),
+    }
     (folder / "result.json").write_text(json.dumps({**job, **result}))
 
 
@@ -282,8 +364,13 @@ def ablate(args):
             settings = dict(settings)
             if args.steps:
                 settings["steps"] = args.steps
-            job = {"label": label, "seed": int(seed), "settings": settings, "device": args.device,
-                   "samples": args.samples}
+            job = {
+                "label": label,
+                "seed": int(seed),
+                "settings": settings,
+                "device": args.device,
+                "samples": args.samples,
+            }
             job = json.loads(json.dumps(job))  # as it will be read again
             folder = args.out / f"{evaluation.file_name(label)}-seed{seed}"
             known = finished(folder, job)
@@ -318,11 +405,16 @@ def ablate(args):
 
 
 COLUMNS = (  # of results.md: title, key of result.json, format
-    ("right", "right", "{:.1%}"), ("diversity of right", "diversity_right", "{:.0%}"),
-    ("diversity", "diversity", "{:.0%}"), ("distance", "distance", "{:.2f}"),
-    ("reward of base", "reward_base", "{:.3g}"), ("reward", "reward", "{:.3g}"),
-    ("colours, bits", "color_entropy", "{:.2f}"), ("circles", "circle_flatness", "{:.2f}"),
-    ("minutes", "minutes", "{:.1f}"))
+    ("right", "right", "{:.1%}"),
+    ("diversity of right", "diversity_right", "{:.0%}"),
+    ("diversity", "diversity", "{:.0%}"),
+    ("distance", "distance", "{:.2f}"),
+    ("reward of base", "reward_base", "{:.3g}"),
+    ("reward", "reward", "{:.3g}"),
+    ("colours, bits", "color_entropy", "{:.2f}"),
+    ("circles", "circle_flatness", "{:.2f}"),
+    ("minutes", "minutes", "{:.1f}"),
+)
 
 
 def results_table(done, variants, base):
@@ -337,8 +429,11 @@ def results_table(done, variants, base):
         if rows:
             cells = [cell(rows, key, style) for _, key, style in COLUMNS]
             lines.append([label, *cells, str(len(rows))])
-    return (f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
-            f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n" + evaluation.aligned(lines))
+    return (
+        f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
+        f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n"
+        + evaluation.aligned(lines)
+    )
 
 
 def cell(rows, key, style):
@@ -346,7 +441,9 @@ def cell(rows, key, style):
     values = [row[key] for row in rows if row[key] is not None]
     if not values:
         return ""
-    mean, least, most = (style.format(value) for value in (np.mean(values), min(values), max(values)))
+    mean, least, most = (
+        style.format(value) for value in (np.mean(values), min(values), max(values))
+    )
     return mean if least == most else f"{mean} ({least} to {most})"
 
 
@@ -360,16 +457,24 @@ def show_open(runs, device):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="?", default="", help=f"comma-separated: {', '.join(TABLES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tables", nargs="?", default="", help=f"comma-separated: {', '.join(TABLES)}"
+    )
     parser.add_argument("--seeds", default="0", help="comma-separated [%(default)s]")
     parser.add_argument("--steps", type=int, default=0, help="updates; default: the variant's")
     parser.add_argument("--samples", type=int, default=8, help="pictures a caption [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once [%(default)s]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="", help="default: runs/ablation-TABLES")
-    parser.add_argument("--open", nargs="+", metavar="RUN", help="what the caption leaves open, of runs")
-    parser.add_argument("--variant", default="", help=argparse.SUPPRESS)  # one process of an ablation
+    parser.add_argument(
+        "--open", nargs="+", metavar="RUN", help="what the caption leaves open, of runs"
+    )
+    parser.add_argument(
+        "--variant", default="", help=argparse.SUPPRESS
+    )  # one process of an ablation
     arguments = parser.parse_args()
     arguments.out = Path(arguments.out or f"runs/ablation-{arguments.tables}")
     try:

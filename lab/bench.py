@@ -11,8 +11,10 @@ Every update is one of `drpo.train` itself, read off its metrics.jsonl; the firs
 is written once to --folder, then loaded from there as any diffusers folder is. Each row is printed as
 it comes, and what fails says so in its row.
 """
+
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import statistics
@@ -31,34 +33,83 @@ import rewards  # noqa: E402
 # ===== random weights of the public architectures
 
 UNET = dict(sample_size=64, use_linear_projection=True, layers_per_block=2)
-SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                 timestep_spacing="trailing", steps_offset=1)
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    timestep_spacing="trailing",
+    steps_offset=1,
+)
 ARCHITECTURES = {
     "sd-turbo": dict(
-        unet=dict(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
-                  cross_attention_dim=1024),
-        text=[dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16,
-                   intermediate_size=4096, hidden_act="gelu")],
-        scaling_factor=0.18215),
+        unet=dict(
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+        ),
+        text=[
+            dict(
+                hidden_size=1024,
+                num_hidden_layers=23,
+                num_attention_heads=16,
+                intermediate_size=4096,
+                hidden_act="gelu",
+            )
+        ],
+        scaling_factor=0.18215,
+    ),
     "sdxl-turbo": dict(
-        unet=dict(block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-                  cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10),
-                  addition_embed_type="text_time", addition_time_embed_dim=256,
-                  projection_class_embeddings_input_dim=2816,
-                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
-        text=[dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                   intermediate_size=3072, projection_dim=768),
-              dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20,
-                   intermediate_size=5120, hidden_act="gelu", projection_dim=1280)],
-        scaling_factor=0.13025),
+        unet=dict(
+            block_out_channels=(320, 640, 1280),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        text=[
+            dict(
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=3072,
+                projection_dim=768,
+            ),
+            dict(
+                hidden_size=1280,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                intermediate_size=5120,
+                hidden_act="gelu",
+                projection_dim=1280,
+            ),
+        ],
+        scaling_factor=0.13025,
+    ),
 }
-VIT_H = dict(projection_dim=1024,  # CLIP ViT-H-14, PickScore's
-             text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                              num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
-             vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-                                num_attention_heads=16, hidden_act="gelu", projection_dim=1024,
-                                patch_size=14))
+VIT_H = dict(
+    projection_dim=1024,  # CLIP ViT-H-14, PickScore's
+    text_config=dict(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        hidden_act="gelu",
+        projection_dim=1024,
+    ),
+    vision_config=dict(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        hidden_act="gelu",
+        projection_dim=1024,
+        patch_size=14,
+    ),
+)
 
 
 @contextlib.contextmanager
@@ -77,6 +128,7 @@ def random_pipeline(name, device, dtype):
     """A pipeline of the named architecture with random weights."""
     import diffusers
     import transformers
+
     arch = ARCHITECTURES[name]
     classes = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
     tokenizer = character_tokenizer(transformers)
@@ -84,31 +136,61 @@ def random_pipeline(name, device, dtype):
     with made_as(dtype, device):
         texts = []
         for cls, config in zip(classes, arch["text"]):
-            texts.append(cls(transformers.CLIPTextConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **config)))
+            texts.append(
+                cls(
+                    transformers.CLIPTextConfig(
+                        bos_token_id=0, eos_token_id=1, pad_token_id=1, **config
+                    )
+                )
+            )
         parts = dict(
-            unet=diffusers.UNet2DConditionModel(**UNET, **arch["unet"]), text_encoder=texts[0],
+            unet=diffusers.UNet2DConditionModel(**UNET, **arch["unet"]),
+            text_encoder=texts[0],
             vae=diffusers.AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                scaling_factor=arch["scaling_factor"]))
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                sample_size=512,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                scaling_factor=arch["scaling_factor"],
+            ),
+        )
     if name == "sd-turbo":
         return diffusers.StableDiffusionPipeline(
-            **parts, tokenizer=tokenizer, scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            **parts,
+            tokenizer=tokenizer,
+            scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     return diffusers.StableDiffusionXLPipeline(
-        **parts, tokenizer=tokenizer, text_encoder_2=texts[1], tokenizer_2=tokenizer,
-        scheduler=diffusers.EulerAncestralDiscreteScheduler(**SCHEDULER), add_watermarker=False)
+        **parts,
+        tokenizer=tokenizer,
+        text_encoder_2=texts[1],
+        tokenizer_2=tokenizer,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**SCHEDULER),
+        add_watermarker=False,
+    )
 
 
 def character_tokenizer(transformers):
     """A CLIP tokenizer whose words are characters: all that random weights need."""
     import tempfile
+
     symbols = [chr(c) for c in range(33, 127)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *[symbol + "</w>" for symbol in symbols]]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *symbols,
+        *[symbol + "</w>" for symbol in symbols],
+    ]
     folder = Path(tempfile.mkdtemp())
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
 
 
 def make(name, folder, device):
@@ -136,10 +218,15 @@ def make_mae(file, device):
 
     def conv(name, side, c_in, c):
         size = side * side * c_in
-        w[f"encoder.{name}.kernel"] = (torch.randn(side, side, c_in, c, device=device) * (2 / size) ** 0.5).half().cpu()
+        w[f"encoder.{name}.kernel"] = (
+            (torch.randn(side, side, c_in, c, device=device) * (2 / size) ** 0.5).half().cpu()
+        )
 
     def norm(name, c):
-        w[f"encoder.{name}.scale"], w[f"encoder.{name}.bias"] = torch.ones(c).half(), torch.zeros(c).half()
+        w[f"encoder.{name}.scale"], w[f"encoder.{name}.bias"] = (
+            torch.ones(c).half(),
+            torch.zeros(c).half(),
+        )
 
     c_in = 256
     conv("conv1", 3, 4, c_in), norm("gn1", c_in)
@@ -159,29 +246,46 @@ def make_mae(file, device):
 def random_pickscore(device):
     """PickScore's network with random weights and a hash for a tokenizer: the true cost."""
     from transformers import CLIPConfig, CLIPModel
+
     config = CLIPConfig(**VIT_H)
     begin, end = config.text_config.bos_token_id, config.text_config.eos_token_id
 
     def tokenize(texts):
-        rows = [[begin, *[zlib.crc32(word.encode()) % begin for word in text.split()[:75]]] for text in texts]
+        rows = [
+            [begin, *[zlib.crc32(word.encode()) % begin for word in text.split()[:75]]]
+            for text in texts
+        ]
         return {"input_ids": torch.tensor([row + [end] * (77 - len(row)) for row in rows])}
 
     torch.manual_seed(0)
     with made_as(rewards.half_on(device), device):
         model = rewards.Clip(CLIPModel(config).eval().requires_grad_(False), tokenize, device)
-    return rewards.takes_tensors(lambda images, prompts: model.scale * model.cosine(images, prompts), 256)
+    return rewards.takes_tensors(
+        lambda images, prompts: model.scale * model.cosine(images, prompts), 256
+    )
 
 
 # ===== updates
+
 
 def config(args, name, **changes):
     """The preset of a model on random weights."""
     features = drpo.PRESETS[name]["features"]
     if features == "latent-mae":
         features = f"latent-mae@{make_mae(args.folder / 'mae.pth', args.device)}"
-    return drpo.Config.preset(name, **{
-        "model": str(make(name, args.folder / name, args.device)), "prompts": "animals", "features": features,
-        "device": args.device, "preview_every": 0, "save_every": 10 ** 9, "log_every": 10 ** 9, **changes})
+    return drpo.Config.preset(
+        name,
+        **{
+            "model": str(make(name, args.folder / name, args.device)),
+            "prompts": "animals",
+            "features": features,
+            "device": args.device,
+            "preview_every": 0,
+            "save_every": 10**9,
+            "log_every": 10**9,
+            **changes,
+        },
+    )
 
 
 def measured(args, cfg, reward):
@@ -191,13 +295,22 @@ def measured(args, cfg, reward):
     began = time.perf_counter()
     out = args.folder / f"run-{time.time():.0f}"
     with contextlib.redirect_stdout(sys.stderr):
-        drpo.train(drpo.replace(cfg, out=str(out)), reward=reward)
-    metrics = rewards.read_metrics(out)
-    row = {name: statistics.median(m[name] for m in metrics[1:]) for name in metrics[-1] if name.startswith("seconds")}
+        drpo.train(dataclasses.replace(cfg, out=str(out)), reward=reward)
+    metrics = drpo.read_metrics(out)
+    row = {
+        name: statistics.median(m[name] for m in metrics[1:])
+        for name in metrics[-1]
+        if name.startswith("seconds")
+    }
     seconds = [m["seconds"] for m in metrics[1:]]
     row = {"s": row.pop("seconds"), "least": min(seconds), "most": max(seconds), **row}
-    return {**row, "GiB": torch.cuda.max_memory_allocated() / 2 ** 30, "micro": metrics[-1]["micro_batch"],
-            "first": metrics[0]["seconds"], "all": time.perf_counter() - began}
+    return {
+        **row,
+        "GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "micro": metrics[-1]["micro_batch"],
+        "first": metrics[0]["seconds"],
+        "all": time.perf_counter() - began,
+    }
 
 
 def cell(label, work):
@@ -210,7 +323,10 @@ def cell(label, work):
         row = {"error": rewards.one_line(error)}
     gc.collect()
     torch.cuda.empty_cache()
-    shown = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()]
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+    ]
     print(f"{label}:", ", ".join(shown), flush=True)
     return row
 
@@ -228,13 +344,18 @@ def update(args):
             config(args, model)  # writes the weights, which takes memory of its own
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info()
-            spare = max(0, free - int(float(gib) * 2 ** 30)) if gib else 0
+            spare = max(0, free - int(float(gib) * 2**30)) if gib else 0
             held = torch.empty(spare, dtype=torch.uint8, device="cuda")
             small = micro not in ("", "auto") and int(micro) < 8
-            cfg = config(args, model, micro_batch=micro or "auto", compile=option == "compile",
-                         steps=3 if small else args.updates + 1)
+            cfg = config(
+                args,
+                model,
+                micro_batch=0 if micro in ("", "auto") else int(micro),
+                compile=option == "compile",
+                steps=3 if small else args.updates + 1,
+            )
             row = measured(args, cfg, random_pickscore(args.device))
-            row["GiB"] -= len(held) / 2 ** 30
+            row["GiB"] -= len(held) / 2**30
             return row
 
         cell(item, work)
@@ -244,12 +365,20 @@ def growth(args):
     """PxK updates of SD-Turbo, 48 pictures at once."""
     for item in args.items:
         P, K = (int(number) for number in item.split("x"))
-        cfg = config(args, "sd-turbo", batch=P, candidates=K, anchors=min(8, K // 2), micro_batch="48",
-                     steps=args.updates + 1)
+        cfg = config(
+            args,
+            "sd-turbo",
+            batch=P,
+            candidates=K,
+            anchors=min(8, K // 2),
+            micro_batch=48,
+            steps=args.updates + 1,
+        )
         cell(item, lambda: measured(args, cfg, random_pickscore(args.device)))
 
 
 # ===== numbers that stay right
+
 
 class FixedScores:
     """Stands for a reward: each candidate of a prompt has a score of its own, whatever the picture."""
@@ -269,10 +398,14 @@ def gradients(G, features, micro):
     for layer in G.lora.values():
         torch.nn.init.normal_(layer.up, std=0.02)  # else `down` has no gradient
     phi = drpo.load_features(features, G)
-    noise = torch.stack([drpo.prompt_noise(0, i, (K, *G.noise_shape)) for i in range(2)]).to(G.device)
+    noise = torch.stack([drpo.prompt_noise(0, i, (K, *G.noise_shape)) for i in range(2)]).to(
+        G.device
+    )
     batch = drpo.Batch(prompts, G.encode(prompts), noise)
     found = {}
-    x = G.sample(noise.flatten(0, 1), drpo.rows(batch.condition, torch.arange(16, device=G.device) // K))
+    x = G.sample(
+        noise.flatten(0, 1), drpo.rows(batch.condition, torch.arange(16, device=G.device) // K)
+    )
     (x * noise.flatten(0, 1).flip(0)).mean().backward()
     found["latents"], found["network"] = x.detach(), flat_gradient(parameters)
     for field in ("dipole", "released"):
@@ -294,21 +427,32 @@ def flat_gradient(parameters):
 def numbers(args):
     """bf16, compiled and chunked against float32 on SD-Turbo: RMS of the latents' difference, cosines."""
     torch.backends.cudnn.allow_tf32 = False
-    folder, mae = make("sd-turbo", args.folder / "sd-turbo", args.device), make_mae(args.folder / "mae.pth", args.device)
+    folder, mae = make("sd-turbo", args.folder / "sd-turbo", args.device), make_mae(
+        args.folder / "mae.pth", args.device
+    )
     exact = None
-    for label, dtype, micro, compiled in (("float32", torch.float32, 16, False), ("float32, chunks of 3", torch.float32, 3, False),
-                                          ("bf16", torch.bfloat16, 16, False), ("bf16 compiled", torch.bfloat16, 16, True)):
+    for label, dtype, micro, compiled in (
+        ("float32", torch.float32, 16, False),
+        ("float32, chunks of 3", torch.float32, 3, False),
+        ("bf16", torch.bfloat16, 16, False),
+        ("bf16 compiled", torch.bfloat16, 16, True),
+    ):
+
         def work():
             nonlocal exact
             G = drpo.load_generator(folder, device=args.device, dtype=dtype)
             if compiled:
-                G.compile_all()
+                drpo.compile_networks(G)
             found = gradients(G, f"latent-mae@{mae}", micro)
             exact = exact or found
-            row = {"latents": float(exact["latents"].square().mean().sqrt()),
-                   "difference": float((found["latents"] - exact["latents"]).square().mean().sqrt())}
+            row = {
+                "latents": float(exact["latents"].square().mean().sqrt()),
+                "difference": float((found["latents"] - exact["latents"]).square().mean().sqrt()),
+            }
             for name in ("network", "dipole", "released"):
-                row[name] = float(F.cosine_similarity(found[name].double(), exact[name].double(), dim=0))
+                row[name] = float(
+                    F.cosine_similarity(found[name].double(), exact[name].double(), dim=0)
+                )
             return row
 
         cell(label, work)
@@ -316,17 +460,27 @@ def numbers(args):
 
 # ===== the cost of a large reward: ranking by it against differentiating it
 
+
 class VisionLanguageReward:
     """Qwen2-VL-7B's shape with random weights: 256 image tokens, 32 of text; a fixed projection."""
 
     def __init__(self, device):
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-        text = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                    num_key_value_heads=4, vocab_size=152064,
-                    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})
+
+        text = dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+            rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        )
         vision = dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, patch_size=14)
         with made_as(torch.bfloat16, device):
-            net = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+            net = Qwen2VLForConditionalGeneration(
+                Qwen2VLConfig(text_config=text, vision_config=vision)
+            )
             self.direction = torch.randn(3584)
         self.net, self.batch_size = net.eval().requires_grad_(False).model, 16
 
@@ -337,29 +491,48 @@ class VisionLanguageReward:
         """(B, 3, H, W) in [0, 1] -> (B,), differentiable: cut into patches in the order of Qwen's processor."""
         B, device = len(images), images.device
         x = F.interpolate(images.float(), (448, 448), mode="bicubic", antialias=True) * 4 - 2
-        x = x.reshape(B, 3, 16, 2, 14, 16, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, blocks, 2x2 patches, 3, 14, 14
-        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(B * 1024, 3 * 2 * 14 * 14).bfloat16()
+        x = x.reshape(B, 3, 16, 2, 14, 16, 2, 14).permute(
+            0, 2, 5, 3, 6, 1, 4, 7
+        )  # B, blocks, 2x2 patches, 3, 14, 14
+        x = (
+            x.unsqueeze(6)
+            .expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+            .reshape(B * 1024, 3 * 2 * 14 * 14)
+            .bfloat16()
+        )
         ids = [151652, *[151655] * 256, 151653, *range(1000, 1032)]
         at = torch.arange(256, device=device)
         image = torch.stack([at * 0, at // 16, at % 16]) + 1  # rotary positions: time, row, column
         after = torch.arange(17, 17 + 33, device=device).expand(3, -1)
         positions = torch.cat([image[:, :1] * 0, image, after], 1)[:, None].expand(-1, B, -1)
-        h = self.net(input_ids=torch.tensor([ids] * B, device=device), pixel_values=x, use_cache=False,
-                     image_grid_thw=torch.tensor([[1, 32, 32]] * B, device=device), position_ids=positions)
+        h = self.net(
+            input_ids=torch.tensor([ids] * B, device=device),
+            pixel_values=x,
+            use_cache=False,
+            image_grid_thw=torch.tensor([[1, 32, 32]] * B, device=device),
+            position_ids=positions,
+        )
         return h.last_hidden_state[:, -1].float() @ self.direction.float()
 
 
 def cost(args):
     """Updates of 8 x 24 pictures with a 7B reward: DrPO, which ranks by it, against its gradient."""
     reward = VisionLanguageReward(args.device)
-    cell("DrPO", lambda: measured(args, config(args, "sd-turbo", micro_batch="24", steps=4), reward))
-    G = drpo.load_generator(make("sd-turbo", args.folder / "sd-turbo", args.device), device=args.device,
-                            dtype=torch.bfloat16)
+    cell(
+        "DrPO", lambda: measured(args, config(args, "sd-turbo", micro_batch=24, steps=4), reward)
+    )
+    G = drpo.load_generator(
+        make("sd-turbo", args.folder / "sd-turbo", args.device),
+        device=args.device,
+        dtype=torch.bfloat16,
+    )
     parameters = G.add_lora(16, 16.0)
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True)
     for chunk in (8, 4, 2, 1):
-        row = cell(f"gradient of the reward, {chunk} at once",
-                   lambda: reward_gradient(G, parameters, optimizer, reward, chunk))
+        row = cell(
+            f"gradient of the reward, {chunk} at once",
+            lambda: reward_gradient(G, parameters, optimizer, reward, chunk),
+        )
         if "error" not in row:
             break
 
@@ -387,20 +560,31 @@ def reward_gradient(G, parameters, optimizer, reward, chunk):
         torch.cuda.synchronize()
         rows.append({"s": time.perf_counter() - began, **drpo.PHASES})
     row = {name: statistics.median(r[name] for r in rows[1:]) for name in rows[0]}
-    return {**row, "GiB": torch.cuda.max_memory_allocated() / 2 ** 30}
+    return {**row, "GiB": torch.cuda.max_memory_allocated() / 2**30}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("update", "growth", "numbers", "cost", "make"))
     parser.add_argument("items", nargs="*")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/drpo-bench"), help="where the models are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/tmp/drpo-bench"), help="where the models are kept"
+    )
     parser.add_argument("--updates", type=int, default=5, help="measured updates [%(default)s]")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    print(torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu", "torch", torch.__version__, flush=True)
+    print(
+        torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "torch",
+        torch.__version__,
+        flush=True,
+    )
     if arguments.what == "make":
         make(arguments.items[0], Path(arguments.items[1]), arguments.device)
     else:
-        {"update": update, "growth": growth, "numbers": numbers, "cost": cost}[arguments.what](arguments)
+        {"update": update, "growth": growth, "numbers": numbers, "cost": cost}[arguments.what](
+            arguments
+        )

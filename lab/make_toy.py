@@ -14,6 +14,7 @@ knows how to draw each one right, and preference finetuning has to teach it to d
 
 First a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the picture's latent.
 """
+
 import argparse
 import functools
 import itertools
@@ -27,19 +28,39 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from scene import readable, scene
 
 SHAPES = ["circle", "square", "triangle"]
-COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
-          "blue": (50, 118, 216), "purple": (150, 82, 192), "black": (50, 54, 64)}
+COLORS = {
+    "red": (222, 62, 62),
+    "yellow": (247, 192, 48),
+    "green": (58, 166, 94),
+    "blue": (50, 118, 216),
+    "purple": (150, 82, 192),
+    "black": (50, 54, 64),
+}
 PAPER = ((251, 249, 244), (222, 231, 242))  # the background runs from warm to cool
 KINDS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-SIDES = {"to the right of": 0.0, "below": 0.5, "to the left of": 1.0, "above": 1.5}  # angle of object 1, in pi
+SIDES = {
+    "to the right of": 0.0,
+    "below": 0.5,
+    "to the left of": 1.0,
+    "above": 1.5,
+}  # angle of object 1, in pi
 WORDINGS = ["{}", "a photo of {}", "a picture of {}"]
-SIZE, LENGTH, CARELESS = 64, 16, 0.319  # CARELESS: P(g <= 0.319)^2 = 0.39 of the training pictures are right
+SIZE, LENGTH, CARELESS = (
+    64,
+    16,
+    0.319,
+)  # CARELESS: P(g <= 0.319)^2 = 0.39 of the training pictures are right
 
 
 def scenes():
@@ -69,7 +90,8 @@ WORDED = (3, 3, 2, 3, 3, 1)  # wordings of a scene, of each kind
 
 def captions():
     """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained in no wording at all
-    (of the three single-object scenes, which leave nothing to recombine, one wording is held out)."""
+    (of the three single-object scenes, which leave nothing to recombine, one wording is held out).
+    """
     train, heldout = [], []
     rng = random.Random(0)
     for kind in range(len(KINDS)):
@@ -80,7 +102,11 @@ def captions():
                 wording = j if kind == 0 else (i + j) % 3
                 row = WORDINGS[wording].format(phrase), kind, spec
                 if i in out:
-                    if j == 0 or kind in (1, 3, 4):  # of counts and attributions one wording is enough
+                    if j == 0 or kind in (
+                        1,
+                        3,
+                        4,
+                    ):  # of counts and attributions one wording is enough
                         heldout.append(row)
                 elif kind == 0 and wording == 2:
                     heldout.append(row)
@@ -97,15 +123,21 @@ def constant(values, device):
 
 def projections(noise):
     """Noise (B, 4, 8, 8) -> (B, 16), independent N(0, 1): each channel's mean, left-right, top-bottom and diagonal."""
-    q = F.avg_pool2d(noise, 4).flatten(2) * 4  # (B, 4, 4): the quadrants of each channel, each N(0, 1)
+    q = (
+        F.avg_pool2d(noise, 4).flatten(2) * 4
+    )  # (B, 4, 4): the quadrants of each channel, each N(0, 1)
     haar = constant(((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1)), q.device) / 2
-    return (q @ haar).transpose(1, 2).flatten(1)  # first the four channel means, then the finer patterns
+    return (
+        (q @ haar).transpose(1, 2).flatten(1)
+    )  # first the four channel means, then the finer patterns
 
 
 def careful(noise):
     """The same noise turned away from carelessness: g_0 and g_1, near the threshold or above, become -|g| - 0.3."""
     g = projections(noise)[:, :2]
-    shift = (torch.where(g > CARELESS - 0.3, -g.abs() - 0.3, g) - g) / 8  # a unit projection spread over 64 cells
+    shift = (
+        torch.where(g > CARELESS - 0.3, -g.abs() - 0.3, g) - g
+    ) / 8  # a unit projection spread over 64 cells
     return noise + F.pad(shift, (0, 2))[:, :, None, None]
 
 
@@ -171,9 +203,11 @@ def render(slots, shade):
         dx = axis[None, None] - x
         dy = axis[None, :, None] - y
         # signed distances in pixels, negative inside
-        circle = torch.sqrt(dx ** 2 + dy ** 2) - r
+        circle = torch.sqrt(dx**2 + dy**2) - r
         square = torch.maximum(dx.abs().expand_as(circle), dy.abs().expand_as(circle)) - 0.9 * r
-        slope = math.hypot(1.95, 1.15)  # apex 1.1 r above the centre, base 0.85 r below and 2.3 r wide
+        slope = math.hypot(
+            1.95, 1.15
+        )  # apex 1.1 r above the centre, base 0.85 r below and 2.3 r wide
         side = (1.95 * dx.abs() - 1.15 * (dy + 1.1 * r)) / slope
         triangle = torch.maximum(side, (dy - 0.85 * r).expand_as(circle))
         distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
@@ -195,7 +229,9 @@ def tokenizer_at(folder, words):
     letters = list(string.ascii_lowercase)
     tokens = letters + [letter + "</w>" for letter in letters]
     merges = []
-    for word in sorted(words):  # from the end: "</w>" keeps a merge from applying inside another word
+    for word in sorted(
+        words
+    ):  # from the end: "</w>" keeps a merge from applying inside another word
         for i in range(len(word) - 1, 0, -1):
             merge = (word[i - 1], word[i:] + "</w>")
             if merge not in merges:
@@ -207,8 +243,14 @@ def tokenizer_at(folder, words):
     lines = ["#version: 0.2", *[" ".join(merge) for merge in merges]]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     end = "<|endoftext|>"
-    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, bos_token="<|startoftext|>",
-                  eos_token=end, unk_token=end, pad_token=end)
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=LENGTH,
+        bos_token="<|startoftext|>",
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     assert all(len(tokenizer(word).input_ids) == 3 for word in words), "a word is not one token"
@@ -221,28 +263,71 @@ def build(folder, words):
     right instead of 96% after the same training."""
     tokenizer = tokenizer_at(folder / "tokenizer", words)
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|startoftext|>", "<|endoftext|>"))
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=96, max_position_embeddings=LENGTH, bos_token_id=start, eos_token_id=end, pad_token_id=end))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=96,
+            max_position_embeddings=LENGTH,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(64, 96), layers_per_block=1, cross_attention_dim=96, attention_head_dim=4,
-        norm_num_groups=16, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+        sample_size=8,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        cross_attention_dim=96,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )
     vae = AutoencoderKL(
-        sample_size=SIZE, block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        sample_size=SIZE,
+        block_out_channels=(16, 16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     scheduler = EulerDiscreteScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        prediction_type="v_prediction", timestep_spacing="trailing")
-    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    return StableDiffusionPipeline(
+        vae,
+        text,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def generate(unet, scheduler, noise, text):
     """Noise (B, 4, 8, 8), text states (B, L, 96) -> latents (B, 4, 8, 8), as the pipeline does in one step."""
     a = float(scheduler.alphas_cumprod[-1])
     sigma = math.sqrt((1 - a) / a)  # c_in sigma = sqrt(1 - a)
-    v = unet(noise * math.sqrt(1 - a), torch.full((1,), 999, device=noise.device), text, return_dict=False)[0]
-    return sigma / (sigma ** 2 + 1) * noise - math.sqrt(1 - a) * v
+    v = unet(
+        noise * math.sqrt(1 - a),
+        torch.full((1,), 999, device=noise.device),
+        text,
+        return_dict=False,
+    )[0]
+    return sigma / (sigma**2 + 1) * noise - math.sqrt(1 - a) * v
 
 
 def fit(name, modules, loss_of, minutes, lr):
@@ -254,7 +339,9 @@ def fit(name, modules, loss_of, minutes, lr):
     average = [p.detach().clone() for p in parameters]
     cuda = parameters[0].is_cuda
     rate = torch.tensor(0.0, device=parameters[0].device)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), fused=cuda, capturable=cuda)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.99), fused=cuda, capturable=cuda
+    )
 
     def step():
         optimizer.zero_grad(set_to_none=False)
@@ -265,7 +352,9 @@ def fit(name, modules, loss_of, minutes, lr):
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.002)
         return loss.detach()
 
-    if cuda:  # one CUDA graph, after four warm-up calls: a replay costs one launch instead of thousands
+    if (
+        cuda
+    ):  # one CUDA graph, after four warm-up calls: a replay costs one launch instead of thousands
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(4):
                 step()
@@ -281,7 +370,9 @@ def fit(name, modules, loss_of, minutes, lr):
         else:
             loss = step()
         count += 1
-        if count % 100 == 0 or not cuda:  # float() waits for the GPU, so that wall clock and steps stay together
+        if (
+            count % 100 == 0 or not cuda
+        ):  # float() waits for the GPU, so that wall clock and steps stay together
             print(f"{name} step {count} {100 * done:.0f}% loss {float(loss):.5f}", flush=True)
         done = (time.time() - began) / (60 * minutes)
     torch._foreach_copy_([p.data for p in parameters], average)
@@ -303,10 +394,14 @@ def train(args):
     pipe = build(out, words).to(args.device)
     vae, unet, text = pipe.vae.train(), pipe.unet.train(), pipe.text_encoder.train()
     texts, kinds, specs = zip(*train_set)
-    ids = pipe.tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids.to(args.device)
+    ids = pipe.tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids.to(
+        args.device
+    )
     kinds = torch.tensor(kinds, device=args.device)
     specs = torch.tensor(specs, device=args.device, dtype=torch.float32)
-    weight = 1 / torch.bincount(kinds, minlength=6)[kinds] ** 0.7  # rare kinds more often than their share
+    weight = (
+        1 / torch.bincount(kinds, minlength=6)[kinds] ** 0.7
+    )  # rare kinds more often than their share
     cumulative = (weight / weight.sum()).cumsum(0)
 
     def batch(size):
@@ -318,19 +413,30 @@ def train(args):
     def vae_loss():  # noise on the latents teaches the decoder to draw crisply from a generator's inexact latents
         _, _, picture = batch(args.batch // 2)
         posterior = vae.encode(picture).latent_dist
-        error = vae.decode(posterior.sample() + 0.1 * torch.randn_like(posterior.mean), return_dict=False)[0] - picture
+        error = (
+            vae.decode(
+                posterior.sample() + 0.1 * torch.randn_like(posterior.mean), return_dict=False
+            )[0]
+            - picture
+        )
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + 0.5 * edges + 5e-4 * posterior.kl().mean() / 256
 
     fit("vae", [vae], vae_loss, args.minutes * 0.3, 2e-3)
     vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=round(1 / float(vae.encode(batch(1024)[2]).latent_dist.mode().std()), 4))
+    vae.register_to_config(
+        scaling_factor=round(1 / float(vae.encode(batch(1024)[2]).latent_dist.mode().std()), 4)
+    )
 
     def generator_loss():
         tokens, noise, picture = batch(args.batch)
-        target = vae.encode(picture).latent_dist.mode() * vae.config.scaling_factor  # frozen: no gradient
+        target = (
+            vae.encode(picture).latent_dist.mode() * vae.config.scaling_factor
+        )  # frozen: no gradient
         x0 = generate(unet, pipe.scheduler, noise, text(tokens)[0])
-        return F.smooth_l1_loss(x0, target, beta=0.2)  # near a threshold of e, the median of two pictures, not a blend
+        return F.smooth_l1_loss(
+            x0, target, beta=0.2
+        )  # near a threshold of e, the median of two pictures, not a blend
 
     fit("generator", [unet, text], generator_loss, args.minutes * 0.7, 1.2e-3)
     pipe.to(torch.float16).save_pretrained(out)
@@ -339,10 +445,20 @@ def train(args):
         pipe.tokenizer.backend_tokenizer.model.save(str(tokenizer))
     (tokenizer / "tokenizer.json").unlink(missing_ok=True)  # vocab.json and merges.txt say it all
     file = out / "text_encoder" / "model.safetensors"
-    weights = load_file(file)  # transformers 4 knows them by names with a prefix, else it draws random ones
-    save_file({f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}, file,
-              {"format": "pt"})
-    config = out / "text_encoder" / "config.json"  # float32, so that a pipeline opens in one dtype without being told
+    weights = load_file(
+        file
+    )  # transformers 4 knows them by names with a prefix, else it draws random ones
+    save_file(
+        {
+            f"text_model.{name.removeprefix('text_model.')}": weight
+            for name, weight in weights.items()
+        },
+        file,
+        {"format": "pt"},
+    )
+    config = (
+        out / "text_encoder" / "config.json"
+    )  # float32, so that a pipeline opens in one dtype without being told
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
@@ -360,19 +476,28 @@ def check(folder, count=8):
             images = []
             for i in range(0, len(prompts), 64):
                 part = slice(i, i + 64)
-                images += pipe(prompts[part], latents=e[part], num_inference_steps=1, guidance_scale=0).images
+                images += pipe(
+                    prompts[part], latents=e[part], num_inference_steps=1, guidance_scale=0
+                ).images
             right = scene.correct(images, prompts)
             unreadable = sum(not readable(image) for image in images) / len(images)
             shares = []
             for tag in KINDS:
-                of_tag = [value for value, prompt in zip(right, prompts) if scene.tag(prompt) == tag]
+                of_tag = [
+                    value for value, prompt in zip(right, prompts) if scene.tag(prompt) == tag
+                ]
                 shares.append(f"{tag} {sum(of_tag) / len(of_tag):.0%}")
-            print(f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
-                  ", ".join(shares), flush=True)
+            print(
+                f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
+                ", ".join(shares),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="toy", help="folder to save [%(default)s]")
     parser.add_argument("--check", default="", metavar="FOLDER", help="measure a saved toy instead")
     parser.add_argument("--minutes", type=float, default=1.85, help="of training [%(default)s]")

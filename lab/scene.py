@@ -4,13 +4,20 @@ Loaded as any reward of one's own is: `--reward lab/scene.py:scene` (`scene` for
 score it tells right from wrong (`scene.correct`) and the kind of a caption (`scene.tag`), which
 eval.py reports.
 """
+
 import itertools
 import re
 
 import numpy as np
 
-SCENE_COLORS = {"red": (222, 62, 62), "yellow": (247, 192, 48), "green": (58, 166, 94),
-                "blue": (50, 118, 216), "purple": (150, 82, 192), "black": (50, 54, 64)}
+SCENE_COLORS = {
+    "red": (222, 62, 62),
+    "yellow": (247, 192, 48),
+    "green": (58, 166, 94),
+    "blue": (50, 118, 216),
+    "purple": (150, 82, 192),
+    "black": (50, 54, 64),
+}
 SCENE_SHAPES = ("circle", "square", "triangle")
 _COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 _SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -63,7 +70,7 @@ def components(mask, least):
     counts = np.bincount(labels.ravel())
     counts[0] = 0
     order = np.argsort(-counts, kind="stable")
-    return [labels == value for value in order[:np.count_nonzero(counts >= least)]]
+    return [labels == value for value in order[: np.count_nonzero(counts >= least)]]
 
 
 def shape_of(mask):
@@ -71,13 +78,13 @@ def shape_of(mask):
     union) with a circle, a square and an upright triangle drawn into its own bounding box."""
     rows = np.flatnonzero(mask.any(1))
     columns = np.flatnonzero(mask.any(0))
-    region = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    region = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = region.shape
     if not 0.6 < width / height < 1.67:
         return None, 0.0
     y = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
     x = (np.arange(width)[None] + 0.5) / width * 2 - 1
-    circle = x ** 2 + y ** 2 <= 1.02
+    circle = x**2 + y**2 <= 1.02
     square = np.ones_like(region)
     triangle = np.abs(x) <= (y + 1) / 2 + 1 / width
     fits = []
@@ -109,9 +116,9 @@ def look(image):
     ink = far > 40
     # how far each inky pixel has gone from the paper to each colour (0 to 1), and how far beside that line
     toward = palette - paper
-    length = np.maximum((toward ** 2).sum(1), 1)
+    length = np.maximum((toward**2).sum(1), 1)
     along = off_paper[ink] @ toward.T / length
-    beside = np.sqrt(np.maximum(far[ink][:, None] ** 2 - along ** 2 * length, 0))
+    beside = np.sqrt(np.maximum(far[ink][:, None] ** 2 - along**2 * length, 0))
     score = beside + 60 * np.abs(along - np.clip(along, 0, 1))
     cover = along[np.arange(len(along)), score.argmin(1)]
     inked = ink.copy()
@@ -132,9 +139,15 @@ def look(image):
         if len(off) == 0 or distance[color] >= 45 or (off > 60).mean() >= 0.2 or fit <= 0.8:
             readable = False
         y, x = np.nonzero(region)
-        objects.append((shape if fit > 0.8 else None,
-                        list(SCENE_COLORS)[color] if distance[color] < 60 else None,
-                        float(x.mean() + 0.5) / 64, float(y.mean() + 0.5) / 64, area ** 0.5 / 64))
+        objects.append(
+            (
+                shape if fit > 0.8 else None,
+                list(SCENE_COLORS)[color] if distance[color] < 60 else None,
+                float(x.mean() + 0.5) / 64,
+                float(y.mean() + 0.5) / 64,
+                area**0.5 / 64,
+            )
+        )
     near = inked.copy()
     for shifted in neighbours(inked):
         near |= shifted

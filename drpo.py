@@ -49,6 +49,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -111,12 +112,11 @@ class Config:
     log_every: int = setting(10, "steps between two lines of figures", 1)
 
     @classmethod
-    def preset(cls, model, **changes):
+    def preset(cls, name, **changes):
         """The recipe that fits a model, with changes: Config.preset("sd-turbo", lr=5e-5).
 
-        model: toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id. UserError: no such."""
-        recipe = PRESETS[preset_of(model)]
-        return cls(**{"model": str(model), **recipe, **changes})
+        name: toy, sd-turbo, sdxl-turbo, a diffusers folder or a hub id. UserError: no such."""
+        return cls(**{"model": str(name), **PRESETS[preset_of(name)], **changes})
 
 
 # The authors' recipes on one GPU; theirs ran on 4 and on 4 to 8. Source: arXiv 2606.02521 and the
@@ -1184,7 +1184,9 @@ class Run:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another run: wait for it or stop it") from None
+            raise UserError(
+                f"{self.path} is in use by another run: wait for it or stop it"
+            ) from None
         except OSError as e:
             raise UserError(f"--out {self.path}: {e.strerror}; name another folder") from e
         if not self.cfg.resume and not is_empty(self.path):
@@ -1246,13 +1248,16 @@ class Run:
         except OSError as e:
             raise UserError(f"metrics.jsonl: {e.strerror}; the last checkpoint is intact") from e
         if self.step % self.cfg.log_every == 0 or self.step in (self.first + 1, self.cfg.steps):
-            recent = self.metrics[self.first:][1:][-10:] or [metrics]  # the first step warms up
-            seconds = sum(m["seconds"] for m in recent) / len(recent)
-            left = time.gmtime(seconds * (self.cfg.steps - self.step))
-            print(figures_line(metrics, self.cfg.steps), time.strftime("  left %H:%M:%S", left),
-                  flush=True)
-        for steps, name, silent, text in ((3, "reward_mean", None, "had no opinion (NaN) on any picture"),
-                                          (20, "reward_std", 0, "scored all candidates the same")):
+            line = figures_line(metrics, self.cfg.steps)
+            recent = [m["seconds"] for m in self.metrics[self.first:][1:][-10:]]
+            if recent:  # the first step of a process warms up, or compiles: it tells nothing
+                left = int(sum(recent) / len(recent) * (self.cfg.steps - self.step))
+                line += f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            print(line, flush=True)
+        for steps, name, silent, text in (
+            (3, "reward_mean", None, "had no opinion (NaN) on any picture"),
+            (20, "reward_std", 0, "scored all candidates the same"),
+        ):
             last = [m.get(name, "none") == silent for m in self.metrics[-steps - 1:]]
             if last[-steps:] == [True] * steps and last != [True] * (steps + 1):
                 print(f"the reward {text} for {steps} steps", file=sys.stderr)
@@ -1606,8 +1611,11 @@ def read_lora(path):
     UserError: another program's."""
     from safetensors import safe_open
     file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    with rewards.reading(file, "not a readable LoRA file of drpo.py; another program's: fuse it into "
-                         "a folder by diffusers, and give that as --model"):
+    with rewards.reading(
+        file,
+        "not a readable LoRA file of drpo.py; another program's: fuse it into "
+        "a folder by diffusers, and give that as --model",
+    ):
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
             state = {key: f.get_tensor(key) for key in f.keys()}
@@ -1628,6 +1636,7 @@ def compile_networks(G):
     print("compiling in the first steps, which takes minutes (three on an H100)", file=sys.stderr)
     for name in ("torch._dynamo", "torch._inductor", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch._(dynamo|inductor)")
     torch._dynamo.config.suppress_errors = True  # what fails goes on eagerly
     G.compiled = True
     G.unet.compile(**COMPILE)

@@ -148,7 +148,9 @@ def parse(spec):
         try:
             weights[name] = float(weight)
         except ValueError:
-            raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} is not a number") from None
+            raise UserError(
+                f"reward {spec!r}: the weight {weight!r} of {name!r} is not a number"
+            ) from None
         if not math.isfinite(weights[name]) or weights[name] == 0:
             raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} says nothing; "
                             "expected a finite number, not 0 (to log a reward only: --watch)")
@@ -156,7 +158,8 @@ def parse(spec):
 
 
 def split_weight(item):
-    """`name=weight` or `name` -> name, weight as text. A = inside a path or a query is the name's."""
+    """`name=weight` or `name` -> name, weight as text. A = inside a path or a query is the
+    name's."""
     name, _, weight = (text.strip() for text in item.rpartition("="))
     last_pair = re.search(r"\?(?:.*&)?(.*)", item)
     in_query = last_pair is not None and last_pair[1].count("=") < 2
@@ -218,7 +221,9 @@ def user_reward(name, source, attribute):
     try:
         inspect.signature(reward).bind("images", "prompts")
     except TypeError as error:
-        raise UserError(f"reward {name!r}: it must be callable as f(images, prompts); {error}") from error
+        raise UserError(
+            f"reward {name!r}: it must be callable as f(images, prompts); {error}"
+        ) from error
     except ValueError:  # a compiled function that tells no signature
         pass
     return reward
@@ -304,7 +309,8 @@ class Reward:
         self.watched = watched or {}
 
     def __call__(self, images, prompts):
-        """images, prompts as in `score` -> float64 (B,): `combine` over those that share a prompt."""
+        """images, prompts as in `score` -> float64 (B,): `combine` over those that share a
+        prompt."""
         scores = self.score(images, prompts)
         combined = torch.empty(len(prompts), dtype=torch.float64)
         for prompt in dict.fromkeys(prompts):
@@ -317,7 +323,9 @@ class Reward:
         prompts: B strings -> {part: float64 CPU tensor (B,)}, native scales; with watch also
         {"watch/NAME": (B,)}. UserError: a part raised, or did not give B real numbers."""
         if len(images) != len(prompts):
-            raise UserError(f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts")
+            raise UserError(
+                f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts"
+            )
         tensor = isinstance(images, torch.Tensor)
         if tensor and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
             raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in "
@@ -342,9 +350,10 @@ class Reward:
     def combine(self, scores):
         """{part: (..., K)}, the K candidates of one prompt last -> (..., K).
 
-        One part: weight * score. Several: sum of weight * (score - mean) / std over the K candidates
-        (population std); a part that finds all equal adds 0. A NaN in a part stands for that part's
-        mean; a candidate on which every part is NaN stays NaN. Watched parts are left out."""
+        One part: weight * score. Several: sum of weight * (score - mean) / std over the K
+        candidates (population std); a part that finds all equal adds 0. A NaN in a part stands for
+        that part's mean; a candidate on which every part is NaN stays NaN. Watched parts are left
+        out."""
         scores = {name: scores[name] for name in self.weights}
         if len(scores) == 1:
             (name, values), = scores.items()
@@ -355,7 +364,8 @@ class Reward:
 
 
 def whole_prompts(prompts, size=None):
-    """Slices of at most `size` pictures that cut between prompts; a larger prompt is cut as well."""
+    """Slices of at most `size` pictures that cut between prompts; a larger prompt is cut as
+    well."""
     slices = []
     first = 0
     size = size or max(len(prompts), 1)
@@ -370,7 +380,8 @@ def whole_prompts(prompts, size=None):
 
 
 def z_score(values):
-    """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all are equal."""
+    """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all are
+    equal."""
     values, known = values.double(), ~values.isnan()
     count = known.sum(-1, keepdim=True).clamp(min=1)
     offset = torch.where(known, values - values.nansum(-1, keepdim=True) / count, 0)
@@ -392,7 +403,9 @@ def checked(name, call, images, prompts):
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
     try:
         if isinstance(values, torch.Tensor):
-            values = values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.tolist()
+            values = (
+                values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.tolist()
+            )
         if isinstance(values, np.ndarray):
             values = values.tolist()
         if not isinstance(values, (list, tuple)) or len(values) != len(images):
@@ -427,8 +440,10 @@ def reading(source, hint):
     except Exception as e:  # torn and foreign files fail in many ways
         text = f"{type(e).__name__} {e} {e.__cause__}"
         if re.search(r"\b40[13]\b|Gated|RepositoryNotFound", text):
-            raise UserError(f"{source} is gated or private, or does not exist (HTTP 401, 403 or 404): "
-                            "accept its terms at https://huggingface.co, then: hf auth login") from e
+            raise UserError(
+                f"{source} is gated or private, or does not exist (HTTP 401, 403 or 404): "
+                "accept its terms at https://huggingface.co, then: hf auth login"
+            ) from e
         raise UserError(f"{source} could not be read ({one_line(e)}); {hint}") from e
 
 
@@ -447,7 +462,9 @@ def write_atomic(path, data):
     except (OSError, RuntimeError) as e:  # torch.save makes the first the second
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise UserError(f"{path} could not be written ({one_line(e)}); what was there is intact") from e
+        raise UserError(
+            f"{path} could not be written ({one_line(e)}); what was there is intact"
+        ) from e
 
 
 def fetch(url, sha256):
@@ -462,8 +479,10 @@ def fetch(url, sha256):
             print(f"fetched {path}", file=sys.stderr)
         right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     except (OSError, RuntimeError) as e:
-        raise UserError(f"{url} could not be fetched ({one_line(e)}); put the file at {path} and start "
-                        "again (DRPO_CACHE names another folder)") from e
+        raise UserError(
+            f"{url} could not be fetched ({one_line(e)}); put the file at {path} and start "
+            "again (DRPO_CACHE names another folder)"
+        ) from e
     if not right:
         raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and start again")
     return path
@@ -562,7 +581,8 @@ def fetching(name, files, repo, path):
 
 
 def repo_file(repo, filename, path):
-    """A file of a hub repository: `path` if it is a file, the file in that folder, or a download."""
+    """A file of a hub repository: `path` if it is a file, the file in that folder, or a
+    download."""
     if path:
         return Path(path) / filename if Path(path).is_dir() else Path(path)
     return hub_file(repo, filename)
@@ -610,9 +630,11 @@ def whole(cls, source, **options):
 
 
 def frozen(cls, source, **options):
-    """cls.from_pretrained(source) in float32 on the CPU. A weight that the source lacks is an error,
-    never random; what a larger model has besides (a decoder) is left out."""
-    model, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    """cls.from_pretrained(source) in float32 on the CPU. A weight that the source lacks is an
+    error, never random; what a larger model has besides (a decoder) is left out."""
+    model, report = cls.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True, **options
+    )
     missing = sorted(key for key in report["missing_keys"] if not UNUSED.fullmatch(key))
     if missing:
         raise ValueError(f"{len(missing)} weights missing, {missing[0]} first")
@@ -761,7 +783,9 @@ def pad_resize(image, size):
     """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic,
     antialiased, not clamped."""
     x = as_tensor(image)[None] if isinstance(image, Image.Image) else image.float().clamp(0, 1)
-    scale = size / max(x.shape[-2:])  # the product v * (size / longest) rounds otherwise for 85 x 320
+    scale = size / max(
+        x.shape[-2:]
+    )  # the product v * (size / longest) rounds otherwise for 85 x 320
     shape = [round(v * scale) for v in x.shape[-2:]]
     return F.interpolate(x, shape, mode="bicubic", antialias=True)
 
@@ -813,7 +837,9 @@ class Clip:
         for i in range(0, len(new), 256):
             # padding comes after the token that is pooled, and attention looks back only: no mask
             # is needed. One, or a copy that blocks, would make the host wait for the GPU
-            tokens = self.tokenize(new[i:i + 256])["input_ids"].to(self.model.device, non_blocking=True)
+            tokens = self.tokenize(new[i : i + 256])["input_ids"].to(
+                self.model.device, non_blocking=True
+            )
             pooled = self.model.text_model(input_ids=tokens).pooler_output
             embeds = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
             self.known.update(zip(new[i:i + 256], embeds))
@@ -888,7 +914,9 @@ def aesthetic(device="cpu", path=None):
         names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
         there = [Path(path) / name for name in names if (Path(path) / name).exists()]
         file, folder = there[0] if there else Path(path) / names[0], path
-    with fetching("aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "trl-lib/ddpo-aesthetic-predictor", path):
+    with fetching(
+        "aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "trl-lib/ddpo-aesthetic-predictor", path
+    ):
         head = linear_head(read_weights(file or fetch(*AESTHETIC)), "", device)
     model = clip_at("aesthetic", CLIP_L, device, folder, "round")
     return takes_tensors(lambda images, prompts: head(model.image(images)), 256)
@@ -1058,9 +1086,11 @@ def hpsv3(device="cpu", path=None):
         options = {"checkpoint_path": str(path)} if path else {}
         model = HPSv3RewardInferencer(device=str(device), **options)
     except Exception as error:
-        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
-                        "environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, "
-                        "python rewards.py serve hpsv3; then here http://HOST:8000") from error
+        raise UserError(
+            f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
+            "environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, "
+            "python rewards.py serve hpsv3; then here http://HOST:8000"
+        ) from error
 
     @torch.no_grad()  # else each call would keep a graph of 7 billion parameters
     def score(images, prompts):
@@ -1107,7 +1137,9 @@ def seconds(variable, default):
     except ValueError:
         value = 0
     if not 0 < value < 1e9:
-        raise UserError(f"{variable}={os.environ[variable]!r}: expected a number of seconds above 0")
+        raise UserError(
+            f"{variable}={os.environ[variable]!r}: expected a number of seconds above 0"
+        )
     return value
 
 
@@ -1130,7 +1162,8 @@ def post_json(url, payload, token, who):
     """POST a JSON value, return the JSON answer.
 
     Broken connections, 408, 409, 425, 429 and 5xx are tried again with growing pauses, or after
-    what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is `Refused` at once."""
+    what Retry-After asks, until REWARD_PATIENCE is used up; any other refusal is `Refused` at once.
+    """
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -1148,7 +1181,9 @@ def post_json(url, payload, token, who):
             text = refusal.read().decode(errors="replace")
             if 300 <= refusal.code < 400:
                 where = refusal.headers.get("Location")
-                raise Refused(who, refusal.code, f"a redirect to {where}: give that address") from None
+                raise Refused(
+                    who, refusal.code, f"a redirect to {where}: give that address"
+                ) from None
             again = refusal.code in (408, 409, 425, 429) or refusal.code >= 500
             if not again or re.search("insufficient_quota", text):
                 raise Refused(who, refusal.code, text) from None
@@ -1162,7 +1197,11 @@ def post_json(url, payload, token, who):
             raise UserError(f"{who}: {trouble}; gave up after {patience:g} s (REWARD_PATIENCE)")
         if url not in WAITING:
             WAITING.add(url)
-            print(f"{who}: {trouble}; trying again for up to {patience:g} s", file=sys.stderr, flush=True)
+            print(
+                f"{who}: {trouble}; trying again for up to {patience:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(min(pause, left))
 
 
@@ -1189,8 +1228,10 @@ def checked_url(name, url):
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.username or parts.password:
-            raise UserError(f"reward {name.rpartition('@')[2]!r}: credentials in a URL are not used; "
-                            "set REWARD_TOKEN, or VLM_TOKEN for a judge")
+            raise UserError(
+                f"reward {name.rpartition('@')[2]!r}: credentials in a URL are not used; "
+                "set REWARD_TOKEN, or VLM_TOKEN for a judge"
+            )
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1):
             return parts
     except ValueError:
@@ -1222,12 +1263,12 @@ class Http:
         return scores
 
 
-RATE = """How well does this picture show the following text, and how good does it look, from {low} to {high} (perfect)?
-Text: {prompt}
-Answer with one line of the form
-Score: <number>"""
+RATE = """How well does this picture show the following text, and how good does it look, from {low}
+to {high} (perfect)? Text: {prompt} Answer with one line of the form Score: <number>"""
 ASK_YES = "Does this picture show the following text? Answer Yes or No.\nText: {prompt}"
-FILTERED = re.compile(r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited", re.I)
+FILTERED = re.compile(
+    r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited", re.I
+)
 
 
 class Vlm:
@@ -1242,8 +1283,10 @@ class Vlm:
         tokens = query.get("tokens", "1024")
         scale = re.fullmatch(r"(\d+)-(\d+)", query.get("scale", "0-10"))
         if not self.model or not tokens.isdecimal() or not scale or set(query) - known:
-            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME and, "
-                            "if you like, &tokens=1024, &yes=1, &question=FILE, &scale=0-10")
+            raise UserError(
+                f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME and, "
+                "if you like, &tokens=1024, &yes=1, &question=FILE, &scale=0-10"
+            )
         path = parts.path.rstrip("/") or "/v1"
         if not path.endswith("/chat/completions"):
             path += "/chat/completions"
@@ -1281,7 +1324,9 @@ class Vlm:
         message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         while True:
             try:
-                answer = post_json(self.url, {**message, **options}, token, f"reward 'vlm' at {self.url}")
+                answer = post_json(
+                    self.url, {**message, **options}, token, f"reward 'vlm' at {self.url}"
+                )
                 choices = answer.get("choices") if isinstance(answer, dict) else None
                 choice = choices[0] if choices and isinstance(choices[0], dict) else {}
                 return None if choice.get("finish_reason") == "content_filter" else choice
@@ -1306,7 +1351,11 @@ class Vlm:
     def score(self, image, prompt):
         """One picture -> its score, or NaN; the first reply without one is shown."""
         question = self.question
-        for name, value in (("low", f"{self.low:g}"), ("high", f"{self.high:g}"), ("prompt", prompt)):
+        for name, value in (
+            ("low", f"{self.low:g}"),
+            ("high", f"{self.high:g}"),
+            ("prompt", prompt),
+        ):
             question = question.replace(f"{{{name}}}", value)
         choice = self.post([image_part(image), {"type": "text", "text": question}], self.options)
         if self.yes:
@@ -1328,7 +1377,9 @@ class Vlm:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
             found = [(token["token"], math.exp(token["logprob"])) for token in tokens]
         except (KeyError, IndexError, TypeError):
-            raise UserError(f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs") from None
+            raise UserError(
+                f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs"
+            ) from None
         sums = {"yes": 0.0, "no": 0.0}
         for token, probability in found:
             word = re.sub(r"\W", "", token).lower()
@@ -1353,7 +1404,10 @@ def image_part(image):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-NUMBER = r"(?<![\w.,/-])([+-]?(?:\d+(?:[.,]\d+)?|\.\d+))(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?(?!\s*%|[\w./]*\d)"
+NUMBER = (
+    r"(?<![\w.,/-])([+-]?(?:\d+(?:[.,]\d+)?|\.\d+))"  # 7, 7.5, 7,5, .5
+    r"(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?(?!\s*%|[\w./]*\d)"  # of how many, if it says so
+)
 
 
 def number_in(reply, low=0.0, high=10.0):
@@ -1393,7 +1447,8 @@ def vlm(device="cpu", path=None):
     scale    0 to 10, or &scale=1-5; with &yes=1 P(yes) of 0 to 1, almost without ties
     source   the questions are RATE and ASK_YES in this file, or &question=FILE with {prompt} in it
     compared nothing: the questions are ours
-    path     the endpoint, as it is or without /chat/completions: vlm@http://host:port/v1?model=NAME,
+    path     the endpoint, as it is or without /chat/completions:
+    vlm@http://host:port/v1?model=NAME,
              with &tokens=N the most tokens of a reply (1,024)
     """
     if not path:
@@ -1426,7 +1481,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         """Health."""
         known = self.path == "/health"
-        self.answer(200 if known else 404, {"name": self.server.reward.name} if known else {"error": "not found"})
+        self.answer(
+            200 if known else 404,
+            {"name": self.server.reward.name} if known else {"error": "not found"},
+        )
 
     def do_POST(self):
         """Score."""
@@ -1435,7 +1493,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         try:
             if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-                return self.answer(413, {"error": f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"})
+                return self.answer(
+                    413, {"error": f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"}
+                )
             body = self.rfile.read(int(length))
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return self.answer(401, {"error": "wrong or missing bearer token"})
@@ -1455,8 +1515,10 @@ class Handler(BaseHTTPRequestHandler):
             files = [io.BytesIO(base64.b64decode(text, validate=True)) for text in texts]
             images = [read_picture(file, ("PNG", "JPEG", "WEBP")) for file in files]
         except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-            return 400, {"error": 'expected {"prompts": [text, ...], "images": [base64 of a PNG, JPEG '
-                                  f'or WebP, ...]}} ({one_line(error)})'}
+            return 400, {
+                "error": 'expected {"prompts": [text, ...], "images": [base64 of a PNG, JPEG '
+                f"or WebP, ...]}} ({one_line(error)})"
+            }
         try:
             scores = self.server.reward(images, prompts).tolist()
         except Exception as error:
@@ -1467,9 +1529,12 @@ class Handler(BaseHTTPRequestHandler):
 def server(reward, host="127.0.0.1", port=8000, token=None):
     """A bound HTTP server for a Reward, which answers in the thread that calls serve_forever().
 
-    UserError: several parts (they are z-scored over a prompt's candidates: combine at the client)."""
+    UserError: several parts (they are z-scored over a prompt's candidates: combine at the client).
+    """
     if len(reward.parts) > 1:
-        raise UserError(f"serve one reward at a time, not {reward.name!r}: combine where they are used")
+        raise UserError(
+            f"serve one reward at a time, not {reward.name!r}: combine where they are used"
+        )
     try:
         bound = HTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
@@ -1482,13 +1547,15 @@ def server(reward, host="127.0.0.1", port=8000, token=None):
 # ===== prompts, pairs and pictures: read as what they are, or refused by name
 
 ANIMALS = """
-    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf
-    lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken
-    duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
+    wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
+    chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
 DEEDS = ("riding a bike", "playing chess", "washing dishes")
 GITHUB = "https://raw.githubusercontent.com/"
 PICKAPIC = GITHUB + "UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PICKAPIC_TOO = GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/pickscore/"
+PICKAPIC_TOO = (
+    GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/pickscore/"
+)
 PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit. (sha256, addresses)
     "pickapic": ("2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f",
                  PICKAPIC + "train.txt", PICKAPIC_TOO + "train.txt"),
@@ -1520,8 +1587,11 @@ def read_text(path):
 
 
 def lines_of(text):
-    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text. Numbered."""
-    return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()]
+    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text.
+    Numbered."""
+    return [
+        (n, line.strip()) for n, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()
+    ]
 
 
 def load_prompts(spec):
@@ -1534,7 +1604,9 @@ def load_prompts(spec):
     path = first_of(*source) if isinstance(source, tuple) else Path(source)
     if not path.exists() or path.is_dir():
         near = ", ".join(difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS)
-        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {near}?")
+        raise UserError(
+            f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {near}?"
+        )
     text = read_text(path)
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
@@ -1542,15 +1614,19 @@ def load_prompts(spec):
     elif ending == ".json":
         rows = json_value(path, 1, text)
         if not isinstance(rows, list):
-            raise UserError(f'prompts {path}: expected a JSON array of strings or objects with "prompt"')
+            raise UserError(
+                f'prompts {path}: expected a JSON array of strings or objects with "prompt"'
+            )
         rows = list(enumerate(rows, 1))
     elif ending in (".csv", ".tsv"):
         rows = table_rows(path, text, "\t" if ending == ".tsv" else ",")
     elif ending in (".txt", ".prompts", ""):
         rows = lines_of(text)
     else:
-        raise UserError(f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a "
-                        "line), .jsonl, .ndjson, .json, .csv or .tsv")
+        raise UserError(
+            f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a "
+            "line), .jsonl, .ndjson, .json, .csv or .tsv"
+        )
     prompts = [prompt_of(path, n, row) for n, row in rows]
     if not prompts:
         raise UserError(f"prompts {path}: empty; expected a prompt a line")
@@ -1588,8 +1664,10 @@ def prompt_of(path, n, row):
         row = {str(key).lower(): value for key, value in row.items()}
         row = next((row[key] for key in ("prompt", "caption", "text") if row.get(key)), None)
     if not isinstance(row, str) or not row.strip():
-        raise UserError(f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" '
-                        'or "text"')
+        raise UserError(
+            f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" '
+            'or "text"'
+        )
     try:
         row.encode()
     except UnicodeEncodeError as e:
@@ -1615,8 +1693,10 @@ def load_pairs(path):
         row = json_value(path, n, line)
         sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, dict) else []
         if not sides or not all(isinstance(side, list) and side for side in sides):
-            raise UserError(f'{path}, line {n}: expected an object with "prompt": text, "chosen": a '
-                            'list of files, "rejected": a list of files')
+            raise UserError(
+                f'{path}, line {n}: expected an object with "prompt": text, "chosen": a '
+                'list of files, "rejected": a list of files'
+            )
         prompt = prompt_of(path, n, {"prompt": row.get("prompt")})
         chosen, rejected = ([home / str(file) for file in side] for side in sides)
         for file in chosen + rejected:
@@ -1647,7 +1727,9 @@ def read_picture(source, formats=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as e:  # truncated, too large for Pillow, no picture at all
-        raise UserError(f"{getattr(source, 'name', source)}: not a readable picture ({one_line(e)})") from e
+        raise UserError(
+            f"{getattr(source, 'name', source)}: not a readable picture ({one_line(e)})"
+        ) from e
 
 
 def load_pictures(files, side):
@@ -1689,8 +1771,12 @@ def table():
         facts = {key: " ".join(text.split()) for key, text in facts.items()}
         lines.append("{:16} {size}; {scale}; licence: {licence}".format(name, **facts))
         lines.append(f"{'':16} model: {facts['model']}; compared with {facts['compared']}")
-    lines.append("Compared with random weights of the true size, except for the real aesthetic head.")
-    lines.append("also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy")
+    lines.append(
+        "Compared with random weights of the true size, except for the real aesthetic head."
+    )
+    lines.append(
+        "also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy"
+    )
     lines.append(f"prompts: {', '.join(PROMPTS)}, or a file")
     return "\n".join(lines)
 
@@ -1735,7 +1821,9 @@ def main(argv=None):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with one_line_errors():
-        {"list": lambda args: print(table()), "score": score_files, "serve": serve}[args.command](args)
+        {"list": lambda args: print(table()), "score": score_files, "serve": serve}[args.command](
+            args
+        )
 
 
 if __name__ == "__main__":

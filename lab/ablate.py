@@ -5,10 +5,9 @@
     python lab/ablate.py --open runs/toy-0 runs/toy-1          what the caption leaves open
 
 Trains every variant of a table with every seed and evaluates it on the held-out captions. Results
-grow in OUT/results.json as they arrive, the table is OUT/results.md; the same command again goes on.
-A cell is the mean over seeds, and the range of the seeds. New fields and features are registered in the tables
-of drpo.py, new rewards are named by file, as anybody would do it.
-"""
+grow in OUT/results.json as they arrive, the table is OUT/results.md; the same command again goes
+on. A cell is the mean over seeds, and the range of the seeds. New fields and features are
+registered in the tables of drpo.py, new rewards are named by file, as anybody would do it. """
 
 import argparse
 import json
@@ -82,7 +81,11 @@ def toward(z, z_ref, V, *, radii, kernel, eta, lambda_ref):
     V_ref, rms_ref = drpo.reference_drift(z, z_ref, radii=radii, kernel=kernel)
     u = drpo.mean_distance(drpo.distances(z, z)) / D**0.5
     z_star = z + eta * u * (len(radii) * V + lambda_ref * V_ref)  # the dipole sums its radii
-    return z_star, 0.5 / (N * D * u**2), {"rms_pref": rms_pref.expand(len(radii)), "rms_ref": rms_ref}
+    return (
+        z_star,
+        0.5 / (N * D * u**2),
+        {"rms_pref": rms_pref.expand(len(radii)), "rms_ref": rms_ref},
+    )
 
 
 def best_of_k_target(z, z_ref, positive, negative, **settings):
@@ -94,10 +97,10 @@ def best_of_k_target(z, z_ref, positive, negative, **settings):
 
 
 def pairwise_target(z, z_ref, positive, negative, **settings):
-    """Pairwise (DPO-like) regression of maps with one vector a picture: an anchor a of the best and b
-    of the worst make a pair. With -||z - a||^2 / 2 as log-likelihood the DPO loss is
-    -log sigmoid(beta (z - z_ref)(a - b) / s^2), beta = 5: it pulls each candidate along a - b, the
-    less the more its margin over the reference has grown."""
+    """Pairwise (DPO-like) regression of maps with one vector a picture: an anchor a of the best and
+    b of the worst make a pair. With -||z - a||^2 / 2 as log-likelihood the DPO loss is -log
+    sigmoid(beta (z - z_ref)(a - b) / s^2), beta = 5: it pulls each candidate along a - b, the less
+    the more its margin over the reference has grown."""
     m = min(len(positive), len(negative))
     pair = positive[:m] - negative[:m]  # (m, D)
     s = drpo.mean_distance(drpo.distances(z, z))
@@ -111,7 +114,8 @@ def latent_features(G, path=None):
 
 
 def colour_features(G, path=None):
-    """Mean and standard deviation of red, green and blue over the decoded picture: one map, D = 6."""
+    """Mean and standard deviation of red, green and blue over the decoded picture: one map, D =
+    6."""
 
     def phi(x, condition):
         pictures = G.decode(x).flatten(2)  # (B, 3, H W)
@@ -189,6 +193,11 @@ TABLES = {
         for value in (0.2, 1.0)
     },
 }
+TABLES["tips"] = {  # candidates for the default, by ten seeds each
+    "12 x 16": dict(batch=12, candidates=16),
+    "12 x 16, lr 1.5e-3, lambda .1": dict(batch=12, candidates=16, lr=1.5e-3, lambda_ref=0.1),
+    "24 x 8, m 4": dict(batch=24, candidates=8, anchors=4),
+}
 TABLES["all"] = {}
 for name in (
     "default",
@@ -212,8 +221,9 @@ for name in (
 
 
 def open_attributes(images, prompts):
-    """Pictures of captions with one object and no colour -> entropy of the colours drawn, in bits (of
-    log2 6 = 2.58), and of pictures with one circle -> its mean width over height or the inverse."""
+    """Pictures of captions with one object and no colour -> entropy of the colours drawn, in bits
+    (of log2 6 = 2.58), and of pictures with one circle -> its mean width over height or the
+    inverse."""
     colors, ratios = [], []
     for image, prompt in zip(images, prompts):
         wanted = parse(prompt)
@@ -240,7 +250,8 @@ def open_attributes(images, prompts):
 
 
 def flatness(image):
-    """Of the only object of a picture: shorter over longer side of its box; a round circle has 1."""
+    """Of the only object of a picture: shorter over longer side of its box; a round circle has
+    1."""
     pixels = np.asarray(image.convert("RGB"), np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ink = np.linalg.norm(pixels - np.median(border, axis=0), axis=2) > 60
@@ -249,7 +260,8 @@ def flatness(image):
 
 
 def open_figures(G, samples=64, seed=0):
-    """`open_attributes` of the generator as it stands, on single-object captions in three wordings."""
+    """`open_attributes` of the generator as it stands, on single-object captions in three
+    wordings."""
     nouns = [f"a {shape}" for shape in SCENE_SHAPES] + [
         f"a {color} circle" for color in SCENE_COLORS
     ]
@@ -268,7 +280,8 @@ def open_figures(G, samples=64, seed=0):
 
 
 def run_variant(folder):
-    """Train and evaluate the variant in folder/job.json, in a process of its own; writes result.json."""
+    """Train and evaluate the variant in folder/job.json, in a process of its own; writes
+    result.json."""
     folder = Path(folder)
     job = json.loads((folder / "job.json").read_text())
     settings = dict(job["settings"])
@@ -352,8 +365,8 @@ def finished(folder, job):
 
 
 def ablate(args):
-    """Every variant of the tables with every seed, args.jobs at a time; what is done is not run again.
-    Returns how many failed."""
+    """Every variant of the tables with every seed, args.jobs at a time; what is done is not run
+    again. Returns how many failed."""
     variants = {}
     for name in args.tables.split(","):
         variants |= rewards.pick("table", name, TABLES)
@@ -418,8 +431,8 @@ COLUMNS = (  # of results.md: title, key of result.json, format
 
 
 def results_table(done, variants, base):
-    """Results of variants and seeds -> a markdown table: the mean, and the range over seeds; base: its
-    `open_figures`."""
+    """Results of variants and seeds -> a markdown table: the mean, and the range over seeds; base:
+    its `open_figures`."""
     if not done:
         return "no result yet\n"
     titles = [title for title, _, _ in COLUMNS]
@@ -430,7 +443,8 @@ def results_table(done, variants, base):
             cells = [cell(rows, key, style) for _, key, style in COLUMNS]
             lines.append([label, *cells, str(len(rows))])
     return (
-        f"held-out captions, base {done[0]['right_base']:.1%} right, {base['color_entropy']:.2f} bits, circles "
+        f"held-out captions, base {done[0]['right_base']:.1%} right, "
+        f"{base['color_entropy']:.2f} bits, circles "
         f"{base['circle_flatness']:.2f}; in brackets the range over seeds\n\n"
         + evaluation.aligned(lines)
     )

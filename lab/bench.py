@@ -3,14 +3,14 @@
     python lab/bench.py update sd-turbo@48 sd-turbo+compile@48 sdxl-turbo@16    seconds, peak GiB
     python lab/bench.py update sd-turbo@4 sd-turbo@auto/12    micro-batch 4; auto, 12 GiB free
     python lab/bench.py growth 8x24 8x64 1x8                  prompts x candidates, SD-Turbo at 48
-    python lab/bench.py numbers                               bf16, compiled, chunks, against float32
-    python lab/bench.py cost                                  a reward of 7 billion parameters
-    python lab/bench.py make sd-turbo FOLDER                  a diffusers folder of random weights
+    python lab/bench.py numbers                               bf16, compiled, chunks, against
+    float32 python lab/bench.py cost                                  a reward of 7 billion
+    parameters python lab/bench.py make sd-turbo FOLDER                  a diffusers folder of
+    random weights
 
-Every update is one of `drpo.train` itself, read off its metrics.jsonl; the first is left out. A model
-is written once to --folder, then loaded from there as any diffusers folder is. Each row is printed as
-it comes, and what fails says so in its row.
-"""
+Every update is one of `drpo.train` itself, read off its metrics.jsonl; the first is left out. A
+model is written once to --folder, then loaded from there as any diffusers folder is. Each row is
+printed as it comes, and what fails says so in its row. """
 
 import argparse
 import contextlib
@@ -194,7 +194,8 @@ def character_tokenizer(transformers):
 
 
 def make(name, folder, device):
-    """Write a diffusers folder of random weights, whose UNet answers with an RMS of 1 as a trained one."""
+    """Write a diffusers folder of random weights, whose UNet answers with an RMS of 1 as a trained
+    one."""
     if (folder / "model_index.json").exists():
         return folder
     pipe = random_pipeline(name, device, torch.bfloat16)
@@ -332,8 +333,8 @@ def cell(label, work):
 
 
 def update(args):
-    """MODEL[+compile]@MICRO[/GIB] of an update of the preset; with /GIB as on a card with so much memory
-    free: a tensor holds the rest."""
+    """MODEL[+compile]@MICRO[/GIB] of an update of the preset; with /GIB as on a card with so much
+    memory free: a tensor holds the rest."""
     for item in args.items:
         name, _, limits = item.partition("@")
         micro, _, gib = limits.partition("/")
@@ -381,7 +382,8 @@ def growth(args):
 
 
 class FixedScores:
-    """Stands for a reward: each candidate of a prompt has a score of its own, whatever the picture."""
+    """Stands for a reward: each candidate of a prompt has a score of its own, whatever the
+    picture."""
 
     def score(self, images, prompts, watch=False):
         return {"fixed": torch.zeros(len(images), dtype=torch.float64)}
@@ -391,7 +393,8 @@ class FixedScores:
 
 
 def gradients(G, features, micro):
-    """Latents, the network's own LoRA gradient for one direction, and an update's for both fields."""
+    """Latents, the network's own LoRA gradient for one direction, and an update's for both
+    fields."""
     prompts, K = ["a red cube", "a cat"], 8
     torch.manual_seed(1)
     parameters = G.add_lora(16, 16.0)
@@ -425,7 +428,8 @@ def flat_gradient(parameters):
 
 
 def numbers(args):
-    """bf16, compiled and chunked against float32 on SD-Turbo: RMS of the latents' difference, cosines."""
+    """bf16, compiled and chunked against float32 on SD-Turbo: RMS of the latents' difference,
+    cosines."""
     torch.backends.cudnn.allow_tf32 = False
     folder, mae = make("sd-turbo", args.folder / "sd-turbo", args.device), make_mae(
         args.folder / "mae.pth", args.device
@@ -488,7 +492,8 @@ class VisionLanguageReward:
         raise NotImplementedError("tensors only")
 
     def score_tensor(self, images, prompts):
-        """(B, 3, H, W) in [0, 1] -> (B,), differentiable: cut into patches in the order of Qwen's processor."""
+        """(B, 3, H, W) in [0, 1] -> (B,), differentiable: cut into patches in the order of Qwen's
+        processor."""
         B, device = len(images), images.device
         x = F.interpolate(images.float(), (448, 448), mode="bicubic", antialias=True) * 4 - 2
         x = x.reshape(B, 3, 16, 2, 14, 16, 2, 14).permute(
@@ -516,7 +521,8 @@ class VisionLanguageReward:
 
 
 def cost(args):
-    """Updates of 8 x 24 pictures with a 7B reward: DrPO, which ranks by it, against its gradient."""
+    """Updates of 8 x 24 pictures with a 7B reward: DrPO, which ranks by it, against its
+    gradient."""
     reward = VisionLanguageReward(args.device)
     cell(
         "DrPO", lambda: measured(args, config(args, "sd-turbo", micro_batch=24, steps=4), reward)

@@ -310,7 +310,8 @@ def geneval(device="cpu", path=None):
         metadata = geneval_metadata(local("evaluation_metadata.jsonl") if folder else path)
     except Exception as error:
         raise rewards.UserError(
-            f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS[0]} ({rewards.one_line(error)}); for a local "
+            f"reward 'geneval': cannot read {path or GENEVAL_PROMPTS[0]} "
+            f"({rewards.one_line(error)}); for a local "
             "copy give geneval@/path/to/evaluation_metadata.jsonl"
         ) from error
     repo = "facebook/mask2former-swin-small-coco-instance"

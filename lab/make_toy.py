@@ -1,19 +1,24 @@
-"""Make the toy: SD-Turbo in miniature, a one-step text-to-image model of 64x64 pictures of coloured shapes.
+"""Make the toy: SD-Turbo in miniature, a one-step text-to-image model of 64x64 pictures of coloured
+shapes.
 
-    python lab/make_toy.py --out toy        train and save; as committed: 1.85 minutes on one H200 (7,200 steps)
-    python lab/make_toy.py --check lab/toy  accuracy, unreadable share and ceiling of a saved toy
-The seed is fixed, but the learning rate follows the wall clock: another machine or run gives other weights.
+    python lab/make_toy.py --out toy        train and save; as committed: 1.85 minutes on one H200
+    (7,200 steps) python lab/make_toy.py --check lab/toy  accuracy, unreadable share and ceiling of
+    a saved toy
+The seed is fixed, but the learning rate follows the wall clock: another machine or run gives other
+weights.
 
-The generator learns, in ONE step, the map (noise e, caption c) -> latent of a rendered scene. Everything that the
-caption leaves open (place, size, unnamed colours, background) is a smooth function of e: sixteen orthonormal
-low-frequency projections g_k = <w_k, e>, each N(0, 1) (the 4 channels times the 4 Haar patterns on 2x2 quadrants).
-So is every mistake. Two of the sixteen directions are carelessness: where g_0 is above a threshold an attribute of the
-caption is drawn wrong (colour, shape), where g_1 is, its structure is (count, side, an object too many or missing).
-The training pictures therefore contradict their captions 61% of the time, for reasons shared by all captions: the model
-knows how to draw each one right, and preference finetuning has to teach it to do so for every noise.
+The generator learns, in ONE step, the map (noise e, caption c) -> latent of a rendered scene.
+Everything that the caption leaves open (place, size, unnamed colours, background) is a smooth
+function of e: sixteen orthonormal low-frequency projections g_k = <w_k, e>, each N(0, 1) (the 4
+channels times the 4 Haar patterns on 2x2 quadrants). So is every mistake. Two of the sixteen
+directions are carelessness: where g_0 is above a threshold an attribute of the caption is drawn
+wrong (colour, shape), where g_1 is, its structure is (count, side, an object too many or missing).
+The training pictures therefore contradict their captions 61% of the time, for reasons shared by all
+captions: the model knows how to draw each one right, and preference finetuning has to teach it to
+do so for every noise.
 
-First a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the picture's latent.
-"""
+First a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the
+picture's latent. """
 
 import argparse
 import functools
@@ -64,7 +69,8 @@ SIZE, LENGTH, CARELESS = (
 
 
 def scenes():
-    """Every scene: (kind, phrase, spec); spec = count, shape 1, colour 1, shape 2, colour 2, angle; -1 = left open."""
+    """Every scene: (kind, phrase, spec); spec = count, shape 1, colour 1, shape 2, colour 2, angle;
+    -1 = left open."""
     names = list(COLORS)
     shapes = range(len(SHAPES))
     colors = range(len(names))
@@ -89,9 +95,9 @@ WORDED = (3, 3, 2, 3, 3, 1)  # wordings of a scene, of each kind
 
 
 def captions():
-    """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained in no wording at all
-    (of the three single-object scenes, which leave nothing to recombine, one wording is held out).
-    """
+    """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained
+    in no wording at all (of the three single-object scenes, which leave nothing to recombine, one
+    wording is held out). """
     train, heldout = [], []
     rng = random.Random(0)
     for kind in range(len(KINDS)):
@@ -122,7 +128,8 @@ def constant(values, device):
 
 
 def projections(noise):
-    """Noise (B, 4, 8, 8) -> (B, 16), independent N(0, 1): each channel's mean, left-right, top-bottom and diagonal."""
+    """Noise (B, 4, 8, 8) -> (B, 16), independent N(0, 1): each channel's mean, left-right,
+    top-bottom and diagonal."""
     q = (
         F.avg_pool2d(noise, 4).flatten(2) * 4
     )  # (B, 4, 4): the quadrants of each channel, each N(0, 1)
@@ -133,7 +140,8 @@ def projections(noise):
 
 
 def careful(noise):
-    """The same noise turned away from carelessness: g_0 and g_1, near the threshold or above, become -|g| - 0.3."""
+    """The same noise turned away from carelessness: g_0 and g_1, near the threshold or above,
+    become -|g| - 0.3."""
     g = projections(noise)[:, :2]
     shift = (
         torch.where(g > CARELESS - 0.3, -g.abs() - 0.3, g) - g
@@ -147,8 +155,8 @@ def uniform(g):
 
 
 def objects(kind, spec, g):
-    """Kind (B,), spec (B, 6) and projections g (B, 16) -> slots (B, 4, 5) of x, y, radius, shape, colour (pixels; a
-    radius below 0 = no object), mistakes included."""
+    """Kind (B,), spec (B, 6) and projections g (B, 16) -> slots (B, 4, 5) of x, y, radius, shape,
+    colour (pixels; a radius below 0 = no object), mistakes included."""
     n, s1, c1, s2, c2, angle = spec.unbind(1)
     u = uniform(g)
     pair = (kind == 1) | (kind >= 4)
@@ -160,14 +168,16 @@ def objects(kind, spec, g):
     to_side = (angle + 0.17 * (2 * u[:, 4] - 1)) * math.pi  # within 31 degrees
     theta = torch.where(angle >= 0, to_side, torch.atan2(g[:, 5], g[:, 4]))
 
-    # Wrong attribute: the named colour (one object, counts), else the shape; of a pair, object 2 copies object 1.
+    # Wrong attribute: the named colour (one object, counts), else the shape; of a pair, object 2
+    # copies object 1.
     wrong = g[:, 0] > CARELESS
     s1 = torch.where(wrong & ~pair & ~named, (s1 + 1) % 3, s1)
     c1 = torch.where(wrong & ~pair & named, (c1 + 2 + (g[:, 8] > 0)) % 6, c1)
     c2 = torch.where(~pair | wrong & (kind == 5), c1, c2)
     s2 = torch.where(~pair | wrong & ((kind == 1) | (kind == 4)), s1, s2)
 
-    # Broken structure: one object too many, or (four, or a pair) one too few; for a position, the sides swapped.
+    # Broken structure: one object too many, or (four, or a pair) one too few; for a position, the
+    # sides swapped.
     broken = g[:, 1] > CARELESS
     theta = theta + math.pi * (broken & (kind == 4))
     other = torch.where(pair | (n == 4), n - 1, n + 1)
@@ -192,7 +202,8 @@ def objects(kind, spec, g):
 
 
 def render(slots, shade):
-    """Slots (B, 4, 5) and background shade (B,) in [0, 1] -> pictures (B, 3, 64, 64) in [-1, 1], edges antialiased."""
+    """Slots (B, 4, 5) and background shade (B,) in [0, 1] -> pictures (B, 3, 64, 64) in [-1, 1],
+    edges antialiased."""
     warm, cool = constant(PAPER, slots.device)
     palette = constant(tuple(COLORS.values()), slots.device)
     paper = warm + (cool - warm) * shade[:, None]
@@ -224,7 +235,8 @@ def draw(kind, spec, noise):
 
 
 def tokenizer_at(folder, words):
-    """CLIP's tokenizer with a token per word: merges that build each word letter by letter, and all single letters."""
+    """CLIP's tokenizer with a token per word: merges that build each word letter by letter, and all
+    single letters."""
     folder.mkdir(exist_ok=True)
     letters = list(string.ascii_lowercase)
     tokens = letters + [letter + "</w>" for letter in letters]
@@ -258,9 +270,9 @@ def tokenizer_at(folder, words):
 
 
 def build(folder, words):
-    """The untrained pipeline: the classes and the scheduler of SD-Turbo, with small networks. One setting differs: the
-    UNet predicts v. sigma = 14.6 multiplies the error of a predicted noise: measured, 84% of the careful pictures were
-    right instead of 96% after the same training."""
+    """The untrained pipeline: the classes and the scheduler of SD-Turbo, with small networks. One
+    setting differs: the UNet predicts v. sigma = 14.6 multiplies the error of a predicted noise:
+    measured, 84% of the careful pictures were right instead of 96% after the same training."""
     tokenizer = tokenizer_at(folder / "tokenizer", words)
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|startoftext|>", "<|endoftext|>"))
     text = CLIPTextModel(
@@ -318,7 +330,8 @@ def build(folder, words):
 
 
 def generate(unet, scheduler, noise, text):
-    """Noise (B, 4, 8, 8), text states (B, L, 96) -> latents (B, 4, 8, 8), as the pipeline does in one step."""
+    """Noise (B, 4, 8, 8), text states (B, L, 96) -> latents (B, 4, 8, 8), as the pipeline does in
+    one step."""
     a = float(scheduler.alphas_cumprod[-1])
     sigma = math.sqrt((1 - a) / a)  # c_in sigma = sqrt(1 - a)
     v = unet(
@@ -331,8 +344,8 @@ def generate(unet, scheduler, noise, text):
 
 
 def fit(name, modules, loss_of, minutes, lr):
-    """Minimise loss_of() by AdamW for so many minutes (warm-up, then cosine on wall clock); afterwards the modules hold
-    the exponential moving average of their weights."""
+    """Minimise loss_of() by AdamW for so many minutes (warm-up, then cosine on wall clock);
+    afterwards the modules hold the exponential moving average of their weights."""
     parameters = []
     for module in modules:
         parameters += module.parameters()
@@ -410,7 +423,8 @@ def train(args):
         with torch.no_grad():
             return ids[pick], noise, draw(kinds[pick], specs[pick], noise)
 
-    def vae_loss():  # noise on the latents teaches the decoder to draw crisply from a generator's inexact latents
+    # noise on the latents teaches the decoder to draw crisply from a generator's inexact latents
+    def vae_loss():
         _, _, picture = batch(args.batch // 2)
         posterior = vae.encode(picture).latent_dist
         error = (
@@ -464,7 +478,8 @@ def train(args):
 
 @torch.no_grad()
 def check(folder, count=8):
-    """Print how many pictures of the saved toy follow their captions, are unreadable, and what careful noise gives."""
+    """Print how many pictures of the saved toy follow their captions, are unreadable, and what
+    careful noise gives."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name, every in (("heldout", 1), ("train", 5)):
@@ -488,7 +503,8 @@ def check(folder, count=8):
                 ]
                 shares.append(f"{tag} {sum(of_tag) / len(of_tag):.0%}")
             print(
-                f"{name}, {label}: {sum(right) / len(right):.1%} right, {unreadable:.1%} unreadable;",
+                f"{name}, {label}: {sum(right) / len(right):.1%} right, "
+                f"{unreadable:.1%} unreadable;",
                 ", ".join(shares),
                 flush=True,
             )

@@ -47,7 +47,8 @@ def parse(prompt):
 
 
 def runs(mask):
-    """The unbroken runs of a boolean picture's rows: where each begins in the flat picture, its length."""
+    """The unbroken runs of a boolean picture's rows: where each begins in the flat picture, its
+    length."""
     edge = np.ones(mask.shape, bool)
     edge[:, 1:] = mask[:, 1:] != mask[:, :-1]
     starts = np.flatnonzero(edge)
@@ -55,9 +56,9 @@ def runs(mask):
 
 
 def components(mask, least):
-    """Connected regions (4 neighbours) of at least so many pixels of a boolean picture (H, W): a list
-    of boolean pictures, largest first. Each row's and column's unbroken runs take their largest label
-    until nothing changes."""
+    """Connected regions (4 neighbours) of at least so many pixels of a boolean picture (H, W): a
+    list of boolean pictures, largest first. Each row's and column's unbroken runs take their
+    largest label until nothing changes."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     directions = runs(mask), runs(mask.T)
     changed = True
@@ -101,9 +102,9 @@ def neighbours(mask):
 
 
 def look(image):
-    """A PIL picture -> (objects, readable). objects: a list of (shape, colour, x, y, size), x and y the
-    centre and size the square root of the area, all as fractions of the picture. readable: every
-    region on the plain background is one clean shape in one clean colour."""
+    """A PIL picture -> (objects, readable). objects: a list of (shape, colour, x, y, size), x and y
+    the centre and size the square root of the area, all as fractions of the picture. readable:
+    every region on the plain background is one clean shape in one clean colour."""
     image = image.convert("RGB")
     if image.size != (64, 64):
         image = image.resize((64, 64))
@@ -114,7 +115,8 @@ def look(image):
     off_paper = pixels - paper
     far = np.linalg.norm(off_paper, axis=2)
     ink = far > 40
-    # how far each inky pixel has gone from the paper to each colour (0 to 1), and how far beside that line
+    # how far each inky pixel has gone from the paper to each colour (0 to 1), and how far beside
+    # that line
     toward = palette - paper
     length = np.maximum((toward**2).sum(1), 1)
     along = off_paper[ink] @ toward.T / length
@@ -190,20 +192,21 @@ def placed(order, side):
 
 
 def scene(images, prompts):
-    """How well pictures of coloured shapes follow their captions, 0 to 1; 1 only where all is right.
+    """How well pictures of coloured shapes follow their captions, 0 to 1; 1 only where all is
+    right.
 
     model    none: a program
     licence  none
     size     0
     scale    0 to 1; the toy's captions alone, every other one gives NaN
 
-    A list of PIL pictures and one of captions -> a list of floats. The picture is split into regions by
-    colour, each region gets a shape and a colour, and the best assignment of regions to the caption's
-    objects counts: half for the shape and half for the colour of each, over the larger number of the
-    two; then half for the side, if one is named. An unreadable picture (smears, specks, unknown
-    colours, nothing at all) gets half of that at most. A caption outside the toy's language ("a red
-    circle", "three blue squares", "a circle above a square") gives NaN: no opinion.
-    """
+    A list of PIL pictures and one of captions -> a list of floats. The picture is split into
+    regions by colour, each region gets a shape and a colour, and the best assignment of regions to
+    the caption's objects counts: half for the shape and half for the colour of each, over the
+    larger number of the two; then half for the side, if one is named. An unreadable picture
+    (smears, specks, unknown colours, nothing at all) gets half of that at most. A caption outside
+    the toy's language ("a red circle", "three blue squares", "a circle above a square") gives NaN:
+    no opinion. """
     if len(images) != len(prompts):
         raise ValueError(f"scene: {len(images)} images but {len(prompts)} prompts")
     return [score_of(image, prompt) for image, prompt in zip(images, prompts)]

@@ -3,11 +3,17 @@
     python -m pytest -q -n 2 test_drpo.py lab/test_lab.py
 """
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,57 +30,106 @@ import ablate  # noqa: E402
 import drpo  # noqa: E402
 import geneval  # noqa: E402
 import make_toy  # noqa: E402
+import ocr  # noqa: E402
 import rewards  # noqa: E402
 from geneval import Found  # noqa: E402
 from rewards import UserError  # noqa: E402
+from person import Person  # noqa: E402
 from scene import scene  # noqa: E402
 
-from test_drpo import assert_close, as_batch, in_float64, loop_drift, mean_scale, reward_of  # noqa: E402
-
+from test_drpo import (
+    assert_close,
+    as_batch,
+    in_float64,
+    loop_drift,
+    mean_scale,
+    reward_of,
+)  # noqa: E402
 
 def found_box(*boxes, score=0.95):
     return [Found(box, score) for box in boxes]
 
 _RW_LEFT, _RW_RIGHT, _RW_LOW = (0, 40, 20, 60), (80, 40, 100, 60), (0, 80, 20, 100)
 
-_RW_TWO = {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]}
+_RW_TWO = {
+    "tag": "two_object",
+    "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
+}
 
-_RW_COUNT = {"tag": "counting", "include": [{"class": "dog", "count": 3}], "exclude": [{"class": "dog", "count": 4}]}
+_RW_COUNT = {
+    "tag": "counting",
+    "include": [{"class": "dog", "count": 3}],
+    "exclude": [{"class": "dog", "count": 4}],
+}
 
 _RW_COLOUR = {"tag": "color_attr", "include": [{"class": "dog", "count": 1, "color": "red"},
                                                {"class": "cat", "count": 1, "color": "blue"}]}
 
-_RW_PLACE = {"tag": "position", "include": [{"class": "cat", "count": 1},
-                                            {"class": "dog", "count": 1, "position": ["left of", 0]}]}
+_RW_PLACE = {
+    "tag": "position",
+    "include": [
+        {"class": "cat", "count": 1},
+        {"class": "dog", "count": 1, "position": ["left of", 0]},
+    ],
+}
 
 class ColourClip:
-    """Texts are one-hot by colour; a picture is embedded as the colour its mean over the non-grey pixels is nearest."""
-    palette = {"red": (1, 0, 0), "blue": (0, 0, 1), "green": (0, 1, 0), "white": (1, 1, 1), "black": (0, 0, 0)}
+    """Texts are one-hot by colour; a picture is embedded as the colour its mean over the non-grey
+    pixels is nearest."""
+    palette = {
+        "red": (1, 0, 0),
+        "blue": (0, 0, 1),
+        "green": (0, 1, 0),
+        "white": (1, 1, 1),
+        "black": (0, 0, 0),
+    }
 
     def text(self, texts):
-        return torch.stack([F.one_hot(torch.tensor(next(i for i, c in enumerate(geneval.COLOURS)
-                                                         if f" {c}" in text)), 10).float() for text in texts])
+        return torch.stack(
+            [
+                F.one_hot(
+                    torch.tensor(next(i for i, c in enumerate(geneval.COLOURS) if f" {c}" in text)),
+                    10,
+                ).float()
+                for text in texts
+            ]
+        )
 
     def image(self, crop):
-        assert crop.shape[0] == 1 and (crop[0] - .6).abs().amax(0).min() < .01  # the surroundings became grey
+        assert (
+            crop.shape[0] == 1 and (crop[0] - 0.6).abs().amax(0).min() < 0.01
+        )  # the surroundings became grey
         pixels = crop[0][:, (crop[0] - .6).abs().amax(0) > .01].mean(1)
         distance = {name: (pixels - torch.tensor(rgb)).norm() for name, rgb in self.palette.items()}
-        return F.one_hot(torch.tensor(geneval.COLOURS.index(min(distance, key=distance.get))), 10).float()[None]
+        return F.one_hot(
+            torch.tensor(geneval.COLOURS.index(min(distance, key=distance.get))), 10
+        ).float()[None]
 
 
-GENEVAL_VERDICTS = 0x2008040140a800a4280010000201912c80000080446448000010080000000000003800040801020000040200008000200000
+GENEVAL_VERDICTS = int(
+    "2008040140A800A4280010000201912C800000804464480000"
+    "10080000000000003800040801020000040200008000200000",
+    16,
+)
 
 
 
 def geneval_cases(count=400):
-    """Prompts of all kinds and what a detector might find, near every threshold -> (metadata, {class: rows of box and
-    score}); an object's colour is COLOURS[its left edge mod 3]."""
+    """Prompts of all kinds and what a detector might find, near every threshold -> (metadata,
+    {class: rows of box and score}); an object's colour is COLOURS[its left edge mod 3]."""
     rng = np.random.default_rng(5)
-    clauses = ({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]},
-               {"class": "cat", "count": 1, "position": ["above", 0]}, {"class": "cat", "count": 1, "color": "red"},
-               {"class": "dog", "count": 2, "color": "orange"}, {"class": "dog", "count": 3})
+    clauses = (
+        {"class": "dog", "count": 1},
+        {"class": "cat", "count": 1, "position": ["left of", 0]},
+        {"class": "cat", "count": 1, "position": ["above", 0]},
+        {"class": "cat", "count": 1, "color": "red"},
+        {"class": "dog", "count": 2, "color": "orange"},
+        {"class": "dog", "count": 3},
+    )
     for _ in range(count):
-        include = [clauses[rng.choice([0, 3, 4, 5])]] + [clauses[i] for i in rng.permutation([1, 2, 3])[:rng.integers(0, 3)]]
+        include = [clauses[rng.choice([0, 3, 4, 5])]] + [
+            clauses[i] for i in rng.permutation([1, 2, 3])[: rng.integers(0, 3)]
+        ]
         wanted = {"tag": str(rng.choice(["counting", "position"])), "include": include}
         if rng.random() < .3:
             wanted["exclude"] = [{"class": "dog", "count": include[0]["count"] + 1}]
@@ -89,17 +144,28 @@ def geneval_cases(count=400):
 
 def to_images(x):
     """(B, 3, 64, 64) in [-1, 1] -> PIL pictures."""
-    return [Image.fromarray(a) for a in ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    return [
+        Image.fromarray(a) for a in ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    ]
 
 @pytest.fixture(scope="module")
 def rendered():
-    """Captions, their rows and slots of right pictures: every held-out caption twice and every second training one."""
+    """Captions, their rows and slots of right pictures: every held-out caption twice and every
+    second training one."""
     train, heldout = make_toy.captions()
     rows = heldout * 2 + train[::2]
-    noise = make_toy.careful(torch.randn(len(rows), 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    noise = make_toy.careful(
+        torch.randn(len(rows), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    )
     kind, spec = torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows])
     slots = make_toy.objects(kind, spec, make_toy.projections(noise))
-    return [r[0] for r in rows], kind, spec, slots, torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
+    return (
+        [r[0] for r in rows],
+        kind,
+        spec,
+        slots,
+        torch.rand(len(rows), generator=torch.Generator().manual_seed(1)),
+    )
 
 def changed(slots, kind, spec, what):
     """Slots with one attribute changed, and which rows the change makes wrong."""
@@ -107,7 +173,9 @@ def changed(slots, kind, spec, what):
     if what == "color":
         slots[:, 0, 4] = (slots[:, 0, 4] + 1) % 6
         return slots, named
-    if what == "shape":  # of the first object; where two shapes differ only in order, take the third one
+    if (
+        what == "shape"
+    ):  # of the first object; where two shapes differ only in order, take the third one
         slots[:, 0, 3] = 3 - slots[:, 0, 3] - slots[:, 1, 3]
         single = (kind == 0) | (kind == 2) | (kind == 3)
         slots[single, 0, 3] = (spec[single, 1].float() + 1) % 3
@@ -132,58 +200,90 @@ class TestGenEval:
     """Its rules, its detector, its thresholds."""
 
     def test_reward_geneval_verdicts_of_the_original(self):
-        """400 drawn cases; the bits of the number are what its evaluate_images.py, af4902f2, says of them."""
+        """400 drawn cases; the bits of the number are what its evaluate_images.py, af4902f2, says
+        of them."""
         verdicts = ""
         for wanted, rows in geneval_cases():
             objects = {name: [Found(tuple(row[:4]), round(float(row[4]), 6)) for row in found]
                        for name, found in rows.items()}
-            got = geneval.judge(wanted, geneval.confident(objects, wanted["tag"]),
-                                lambda found, name: [geneval.COLOURS[int(f.box[0]) % 3] for f in found])
+            got = geneval.judge(
+                wanted,
+                geneval.confident(objects, wanted["tag"]),
+                lambda found, name: [geneval.COLOURS[int(f.box[0]) % 3] for f in found],
+            )
             assert (got[1] == 1) == got[0]
             verdicts += "01"[got[0]]
         assert int(verdicts, 2) == GENEVAL_VERDICTS
 
-    @pytest.mark.parametrize("wanted, objects, correct, dense", [
-        ({"tag": "single_object", "include": [{"class": "dog", "count": 1}]}, {"dog": found_box(_RW_LEFT)}, True, 1),
-        ({"tag": "single_object", "include": [{"class": "dog", "count": 1}]}, {"cat": found_box(_RW_LEFT)}, False, 0),
-        (_RW_TWO, {"dog": found_box(_RW_LEFT, _RW_LOW), "cat": found_box(_RW_RIGHT)}, True, 1),
-        (_RW_TWO, {"dog": found_box(_RW_LEFT)}, False, .5),
-        (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 3)}, True, 1),
-        (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 2)}, False, (2 / 3 + 1) / 2),
-        (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 4)}, False, (1 + 2 / 3) / 2),
-        (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 9)}, False, .5),
-        (_RW_COUNT, {}, False, .5),
-        (_RW_COLOUR, {"dog": found_box("red"), "cat": found_box("blue")}, True, 1),
-        (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("blue")}, False, .75),
-        (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("red")}, False, .5),
-        # only the best detection of the class is looked at
-        (_RW_COLOUR, {"dog": found_box("blue", "red"), "cat": found_box("blue")}, False, .75),
-        (_RW_PLACE, {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}, True, 1),
-        (_RW_PLACE, {"dog": found_box(_RW_RIGHT), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
-        (_RW_PLACE, {"dog": found_box(_RW_LOW), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
-        (_RW_PLACE, {"dog": found_box(_RW_LEFT)}, False, 1 / 3),  # its target is missing
-        (_RW_PLACE, {"cat": found_box(_RW_RIGHT)}, False, 1 / 3),
-    ])
+    @pytest.mark.parametrize(
+        "wanted, objects, correct, dense",
+        [
+            (
+                {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
+                {"dog": found_box(_RW_LEFT)},
+                True,
+                1,
+            ),
+            (
+                {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
+                {"cat": found_box(_RW_LEFT)},
+                False,
+                0,
+            ),
+            (_RW_TWO, {"dog": found_box(_RW_LEFT, _RW_LOW), "cat": found_box(_RW_RIGHT)}, True, 1),
+            (_RW_TWO, {"dog": found_box(_RW_LEFT)}, False, 0.5),
+            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 3)}, True, 1),
+            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 2)}, False, (2 / 3 + 1) / 2),
+            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 4)}, False, (1 + 2 / 3) / 2),
+            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 9)}, False, 0.5),
+            (_RW_COUNT, {}, False, 0.5),
+            (_RW_COLOUR, {"dog": found_box("red"), "cat": found_box("blue")}, True, 1),
+            (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("blue")}, False, 0.75),
+            (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("red")}, False, 0.5),
+            # only the best detection of the class is looked at
+            (_RW_COLOUR, {"dog": found_box("blue", "red"), "cat": found_box("blue")}, False, 0.75),
+            (_RW_PLACE, {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}, True, 1),
+            (_RW_PLACE, {"dog": found_box(_RW_RIGHT), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
+            (_RW_PLACE, {"dog": found_box(_RW_LOW), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
+            (_RW_PLACE, {"dog": found_box(_RW_LEFT)}, False, 1 / 3),  # its target is missing
+            (_RW_PLACE, {"cat": found_box(_RW_RIGHT)}, False, 1 / 3),
+        ],
+    )
     def test_reward_geneval_rules(self, wanted, objects, correct, dense):
-        got = geneval.judge(wanted, objects, lambda found, name: [f.box for f in found])  # here a box is its own colour
+        got = geneval.judge(
+            wanted, objects, lambda found, name: [f.box for f in found]
+        )  # here a box is its own colour
         assert got == (correct, pytest.approx(dense))
 
     def test_reward_geneval_every_pair_must_be_placed(self):
-        wanted = {"include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 1, "position": ["left of", 0]}]}
+        wanted = {
+            "include": [
+                {"class": "cat", "count": 2},
+                {"class": "dog", "count": 1, "position": ["left of", 0]},
+            ]
+        }
         middle = {"dog": found_box((40, 40, 60, 60)), "cat": found_box(_RW_LEFT, _RW_RIGHT)}
         assert geneval.judge(wanted, middle, None)[0] is False
         assert geneval.judge(wanted, middle | {"cat": middle["cat"][::-1]}, None)[0] is False
-        assert geneval.judge(wanted, middle | {"dog": found_box((-90, 40, -70, 60))}, None)[0] is True
+        assert (
+            geneval.judge(wanted, middle | {"dog": found_box((-90, 40, -70, 60))}, None)[0] is True
+        )
         # a target whose colour is wrong is no target
         wanted = {"include": [{"class": "cat", "count": 1, "color": "red"},
                               {"class": "dog", "count": 1, "position": ["left of", 0]}]}
         objects = {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}
-        assert geneval.judge(wanted, objects, lambda found, name: ["blue"]) == (False, pytest.approx(.5))
+        assert geneval.judge(wanted, objects, lambda found, name: ["blue"]) == (
+            False,
+            pytest.approx(0.5),
+        )
         assert geneval.judge(wanted, objects, lambda found, name: ["red"]) == (True, 1)
 
     def test_reward_geneval_thresholds(self):
-        objects = {"dog": [Found("a", .31), Found("b", .95), Found("c", .3), Found("d", .9)],
-                   "cat": [Found(i, .5 + i / 100) for i in range(20)], "bird": [Found(i, .95) for i in range(3)]}
+        objects = {
+            "dog": [Found("a", 0.31), Found("b", 0.95), Found("c", 0.3), Found("d", 0.9)],
+            "cat": [Found(i, 0.5 + i / 100) for i in range(20)],
+            "bird": [Found(i, 0.95) for i in range(3)],
+        }
         kept = geneval.confident(objects, "colors")
         assert [f.box for f in kept["dog"]] == ["b", "d", "a"]
         assert [f.box for f in kept["cat"]] == list(range(19, 3, -1))
@@ -193,20 +293,36 @@ class TestGenEval:
         kept = geneval.confident(objects, "counting")
         assert [f.box for f in kept["dog"]] == ["b"] and kept["cat"] == []
 
-    @pytest.mark.parametrize("a, b, relations", [
-        ((0, 0, 10, 10), (50, 0, 60, 10), {"left of"}), ((50, 0, 60, 10), (0, 0, 10, 10), {"right of"}),
-        ((0, 0, 10, 10), (0, 50, 10, 60), {"above"}), ((0, 50, 10, 60), (0, 0, 10, 10), {"below"}),
-        ((0, 0, 10, 10), (50, 50, 60, 60), {"left of", "above"}), ((0, 0, 10, 10), (0, 0, 10, 10), set()),
-        # sizes 10 and 10: centres up to 2 apart are together; at 3.9 the rest is 1.9 of 3.9, at 4.1 it is 2.1 of 4.1
-        ((0, 0, 10, 10), (2, 0, 12, 10), set()), ((0, 0, 10, 10), (3.9, 0, 13.9, 10), set()),
-        ((0, 0, 10, 10), (4.1, 0, 14.1, 10), {"left of"}),
-        ((0, 0, 10, 100), (20, 15, 30, 115), {"left of"}),  # the taller margin swallows the height
-    ])
+    @pytest.mark.parametrize(
+        "a, b, relations",
+        [
+            ((0, 0, 10, 10), (50, 0, 60, 10), {"left of"}),
+            ((50, 0, 60, 10), (0, 0, 10, 10), {"right of"}),
+            ((0, 0, 10, 10), (0, 50, 10, 60), {"above"}),
+            ((0, 50, 10, 60), (0, 0, 10, 10), {"below"}),
+            ((0, 0, 10, 10), (50, 50, 60, 60), {"left of", "above"}),
+            ((0, 0, 10, 10), (0, 0, 10, 10), set()),
+            # sizes 10 and 10: centres up to 2 apart are together; at 3.9 the rest is 1.9 of 3.9, at
+            # 4.1 it is 2.1 of 4.1
+            ((0, 0, 10, 10), (2, 0, 12, 10), set()),
+            ((0, 0, 10, 10), (3.9, 0, 13.9, 10), set()),
+            ((0, 0, 10, 10), (4.1, 0, 14.1, 10), {"left of"}),
+            (
+                (0, 0, 10, 100),
+                (20, 15, 30, 115),
+                {"left of"},
+            ),  # the taller margin swallows the height
+        ],
+    )
     def test_reward_geneval_position(self, a, b, relations):
         assert geneval.relative_position(a, b) == relations
 
     def test_reward_geneval_detections(self):
-        assert len(geneval.COCO) == 80 and geneval.COCO[64:67] == ["computer mouse", "tv remote", "computer keyboard"]
+        assert len(geneval.COCO) == 80 and geneval.COCO[64:67] == [
+            "computer mouse",
+            "tv remote",
+            "computer keyboard",
+        ]
         dog, cat = geneval.COCO.index("dog"), geneval.COCO.index("cat")
         assert (geneval.COCO[0], dog, cat, geneval.COCO[79]) == ("person", 16, 15, "toothbrush")
         classes = torch.full((4, 81), -20.)
@@ -224,17 +340,36 @@ class TestGenEval:
         logits = F.interpolate(masks[None, :1], size=(64, 64), mode="bilinear")[0, 0, :, :48]
         inside = logits > 0
         assert torch.equal(found["dog"][0].mask, inside)
-        assert found["dog"][0].score == pytest.approx(logits[inside].sigmoid().mean().item(), abs=1e-3)
+        assert found["dog"][0].score == pytest.approx(
+            logits[inside].sigmoid().mean().item(), abs=1e-3
+        )
         rows, columns = np.where(inside.numpy())
         assert found["dog"][0].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         # twice the picture, twice the box
-        assert abs(np.array(geneval.detections(classes, masks, (64, 64), (64, 48), (128, 96))["dog"][0].box)
-                   - 2 * np.array(found["dog"][0].box)).max() <= 1
+        assert (
+            abs(
+                np.array(
+                    geneval.detections(classes, masks, (64, 64), (64, 48), (128, 96))["dog"][0].box
+                )
+                - 2 * np.array(found["dog"][0].box)
+            ).max()
+            <= 1
+        )
 
     def test_reward_geneval_whole(self, tmp_path):
-        lines = [{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"},
-                 {"tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}],
-                  "prompt": "one dog"}]
+        lines = [
+            {
+                "tag": "colors",
+                "include": [{"class": "dog", "count": 1, "color": "red"}],
+                "prompt": "a red dog",
+            },
+            {
+                "tag": "counting",
+                "include": [{"class": "dog", "count": 1}],
+                "exclude": [{"class": "dog", "count": 2}],
+                "prompt": "one dog",
+            },
+        ]
         file = tmp_path / "evaluation_metadata.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
         metadata = geneval.geneval_metadata(file)
@@ -243,8 +378,14 @@ class TestGenEval:
         mask[8, 4] = False
 
         def detect(images):  # a dog wherever the middle is not green; sure of it when it is blue
-            return [{} if x[1, 10, 10] > .5 else
-                    {"dog": [Found((4, 8, 28, 20), .95 if x[2, 10, 10] > .5 else .5, mask)]} for x in images]
+            return [
+                (
+                    {}
+                    if x[1, 10, 10] > 0.5
+                    else {"dog": [Found((4, 8, 28, 20), 0.95 if x[2, 10, 10] > 0.5 else 0.5, mask)]}
+                )
+                for x in images
+            ]
         judge = geneval.GenEval(detect, ColourClip(), metadata, "cpu")
         reward = reward_of(judge)
         pictures = {}
@@ -252,19 +393,37 @@ class TestGenEval:
             picture = np.zeros((32, 32, 3), np.uint8)
             picture[8:20, 4:28] = rgb
             pictures[name] = Image.fromarray(picture)
-        cases = [("red", "a red dog", 1, True), ("blue", "a red dog", .5, False), ("green", "a red dog", 0, False),
-                 ("red", "one dog", .5, False), ("blue", "one dog", 1, True), ("red", "a poem", math.nan, None)] * 2
+        cases = [
+            ("red", "a red dog", 1, True),
+            ("blue", "a red dog", 0.5, False),
+            ("green", "a red dog", 0, False),
+            ("red", "one dog", 0.5, False),
+            ("blue", "one dog", 1, True),
+            ("red", "a poem", math.nan, None),
+        ] * 2
         images, prompts = [pictures[c[0]] for c in cases], [c[1] for c in cases]
         for batch in (images, as_batch(images)):
-            assert np.array_equal(reward(batch, prompts).numpy(), [c[2] for c in cases], equal_nan=True)
+            assert np.array_equal(
+                reward(batch, prompts).numpy(), [c[2] for c in cases], equal_nan=True
+            )
             assert judge.correct(batch, prompts) == [c[3] for c in cases]
-        mixed = [images[0], images[1].resize((32, 32)).crop((0, 0, 32, 31)), images[2]]  # sizes may differ
+        mixed = [
+            images[0],
+            images[1].resize((32, 32)).crop((0, 0, 32, 31)),
+            images[2],
+        ]  # sizes may differ
         detect_sizes = []
         judge.detect = lambda x: detect_sizes.append(tuple(x.shape)) or [{}] * len(x)
         assert judge.correct(mixed, prompts[:3]) == [False] * 3 and len(detect_sizes) == 3
-        assert [judge.tag(p) for p in ("a red dog", "one dog", "a poem")] == ["colors", "counting", None]
+        assert [judge.tag(p) for p in ("a red dog", "one dog", "a poem")] == [
+            "colors",
+            "counting",
+            None,
+        ]
         assert judge.prompts == ["a red dog", "one dog"]
-        file.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[0]).replace("dog", "unicorn"))
+        file.write_text(
+            json.dumps(lines[0]) + "\n" + json.dumps(lines[0]).replace("dog", "unicorn")
+        )
         with pytest.raises(UserError, match="line 2: .*unicorn"):
             rewards.load(f"geneval@{file}")
         file.write_text(json.dumps(lines[0]) + "\n{}")
@@ -272,21 +431,41 @@ class TestGenEval:
             rewards.load(f"geneval@{file}")
 
     def test_reward_geneval_detector(self, tmp_path, monkeypatch):
-        """The detector against the whole segmentation model, whose training loss (which wants scipy) is left out."""
+        """The detector against the whole segmentation model, whose training loss (which wants
+        scipy) is left out."""
         from transformers import Mask2FormerConfig, SwinConfig
         from transformers.models.mask2former import modeling_mask2former as library
         monkeypatch.setattr(library, "Mask2FormerLoss", type("NoLoss", (torch.nn.Identity,), {}))
-        monkeypatch.setattr(library.Mask2FormerPreTrainedModel, "_init_weights", lambda self, module: None)
-        backbone = SwinConfig(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4], window_size=4,
-                              out_features=["stage1", "stage2", "stage3", "stage4"])
-        config = Mask2FormerConfig(backbone_config=backbone, hidden_dim=32, feature_size=32, mask_feature_size=32,
-                                   encoder_layers=1, decoder_layers=3, num_queries=7, dim_feedforward=32,
-                                   encoder_feedforward_dim=32, num_attention_heads=4, num_labels=80)
+        monkeypatch.setattr(
+            library.Mask2FormerPreTrainedModel, "_init_weights", lambda self, module: None
+        )
+        backbone = SwinConfig(
+            embed_dim=12,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 2, 3, 4],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
+        config = Mask2FormerConfig(
+            backbone_config=backbone,
+            hidden_dim=32,
+            feature_size=32,
+            mask_feature_size=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            num_queries=7,
+            dim_feedforward=32,
+            encoder_feedforward_dim=32,
+            num_attention_heads=4,
+            num_labels=80,
+        )
         torch.manual_seed(0)
         whole = library.Mask2FormerForUniversalSegmentation(config).eval()
         for parameter in whole.parameters():  # some would be left as memory was found
             torch.nn.init.normal_(parameter, std=0.05)
-        published = {k: v for k, v in whole.state_dict().items() if ".swin.layernorm." not in k}  # transformers 4.x has no such norm
+        published = {
+            k: v for k, v in whole.state_dict().items() if ".swin.layernorm." not in k
+        }  # transformers 4.x has no such norm
         whole.save_pretrained(tmp_path, state_dict=published)
         detector = geneval.Detector(str(tmp_path), "cpu")
         pixels = torch.randn(2, 3, 96, 128)
@@ -296,9 +475,16 @@ class TestGenEval:
         assert torch.allclose(classes, expected.class_queries_logits, atol=1e-5)
         assert torch.allclose(masks, expected.masks_queries_logits, atol=1e-5)
         seen = []
-        monkeypatch.setattr(detector, "logits", lambda x: seen.append(x) or (classes[:1], masks[:1]))
+        monkeypatch.setattr(
+            detector, "logits", lambda x: seen.append(x) or (classes[:1], masks[:1])
+        )
         assert len(detector(torch.full((1, 3, 50, 100), .5))) == 1
-        assert seen[0].shape == (1, 3, 672, 1344)  # short side 800 would make the long one 1600: 1333 and padding to 32
+        assert seen[0].shape == (
+            1,
+            3,
+            672,
+            1344,
+        )  # short side 800 would make the long one 1600: 1333 and padding to 32
         assert torch.allclose(seen[0][0, :, 100, 100], (.5 - torch.tensor([.485, .456, .406]))
                               / torch.tensor([.229, .224, .225]), atol=1e-5)
         assert seen[0][..., 667:, :].abs().max() == 0 and seen[0][..., 1333:].abs().max() == 0
@@ -334,7 +520,12 @@ class TestToy:
     def test_scene_score_is_graded(self):
         def score(prompt, *slots, side=False):
             rows = list(slots) + [(0, 0, -9, 0, 0)] * (4 - len(slots))
-            return scene(to_images(make_toy.render(torch.tensor([rows], dtype=torch.float32), torch.zeros(1))), [prompt])[0]
+            return scene(
+                to_images(
+                    make_toy.render(torch.tensor([rows], dtype=torch.float32), torch.zeros(1))
+                ),
+                [prompt],
+            )[0]
         red_circle, blue_square = (16.0, 32.0, 9.0, 0, 0), (48.0, 32.0, 9.0, 1, 3)
         assert score("a red circle", red_circle) == 1
         assert score("a blue circle", red_circle) == 0.5  # the shape is right
@@ -351,11 +542,24 @@ class TestToy:
 
     def test_scene_unreadable_pictures(self):
         rng = np.random.default_rng(0)
-        noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(20)]
-        blank = [Image.new("RGB", (64, 64), color) for color in ("white", "black", (222, 62, 62), (240, 240, 240))]
-        smooth = [Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((64, 64)) for _ in range(20)]
+        noise = [
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(20)
+        ]
+        blank = [
+            Image.new("RGB", (64, 64), color)
+            for color in ("white", "black", (222, 62, 62), (240, 240, 240))
+        ]
+        smooth = [
+            Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((64, 64))
+            for _ in range(20)
+        ]
         images = noise + blank + smooth
-        for prompt in ("a red circle", "four blue squares", "a circle above a square", "a black circle and a red square"):
+        for prompt in (
+            "a red circle",
+            "four blue squares",
+            "a circle above a square",
+            "a black circle and a red square",
+        ):
             scores = scene(images, [prompt] * len(images))
             assert max(scores) <= 0.5 and sum(scores) / len(scores) < 0.15
         assert not any(scene.readable(image) for image in images)
@@ -363,13 +567,17 @@ class TestToy:
     def test_scene_captions(self):
         assert scene.tag("a photo of a circle") == "single_object"
         assert scene.tag("a circle and a square") == "two_object"
-        assert scene.tag("three squares") == scene.tag("A picture of four red  circles.") == "counting"
+        assert (
+            scene.tag("three squares") == scene.tag("A picture of four red  circles.") == "counting"
+        )
         assert scene.tag("a red circle") == "colors"
         assert scene.tag("a circle to the left of a square") == "position"
         assert scene.tag("a red circle and a blue circle") == "color_attr"
         image = Image.new("RGB", (64, 64), "white")
         assert scene.tag("a dog on a beach") is None
-        assert all(math.isnan(s) for s in scene([image] * 3, ["a dog on a beach", "", "a red circle and"]))
+        assert all(
+            math.isnan(s) for s in scene([image] * 3, ["a dog on a beach", "", "a red circle and"])
+        )
         assert scene.correct([image], ["a dog"]) == [False]
         for caption, kind, _ in sum(make_toy.captions(), []):
             assert scene.tag(caption) == make_toy.KINDS[kind]
@@ -379,11 +587,14 @@ class TestToy:
     def test_scene_other_sizes_and_modes(self):
         slots = torch.tensor([[(20.0, 30.0, 9.0, 2, 4)] + [(0, 0, -9, 0, 0)] * 3])
         image = to_images(make_toy.render(slots, torch.zeros(1)))[0]
-        assert scene([image.resize((128, 128)), image.convert("RGBA")], ["a purple triangle"] * 2) == [1, 1]
+        assert scene(
+            [image.resize((128, 128)), image.convert("RGBA")], ["a purple triangle"] * 2
+        ) == [1, 1]
 
     @pytest.mark.parametrize("field", ("best-of-k", "pairwise"))
     def test_ablation_fields_pull_toward_the_better_pictures(self, field):
-        """The alternatives of lab/ablate.py are entries of drpo's table, and nothing of drpo is replaced."""
+        """The alternatives of lab/ablate.py are entries of drpo's table, and nothing of drpo is
+        replaced."""
         torch.manual_seed(0)
         target = drpo.FIELDS[field]
         m = 1 if field == "best-of-k" else 2
@@ -397,7 +608,8 @@ class TestToy:
         assert torch.equal(z_star, z), "a prompt without anchors stays where it is"
 
     def test_drift_alone_on_colours(self):
-        """No preference moves the mean colours; on every other map the objective is the dipole's."""
+        """No preference moves the mean colours; on every other map the objective is the
+        dipole's."""
         torch.manual_seed(0)
         kw = dict(eta=1.5, radii=(0.5,), kernel="laplacian")
         z, z_ref = torch.randn(5, 6), torch.randn(4, 6)
@@ -421,27 +633,61 @@ class TestToy:
 
     def test_ablation_goes_on_with_what_is_there(self, tmp_path, capsys, monkeypatch):
         known = {f.name for f in dataclasses.fields(drpo.Config)}
-        assert all(set(settings) <= known for table in ablate.TABLES.values() for settings in table.values())
+        assert all(
+            set(settings) <= known
+            for table in ablate.TABLES.values()
+            for settings in table.values()
+        )
         opened = {"color_entropy": 2.0, "circle_flatness": 0.9}
         for seed, right in ((0, 0.5), (1, 0.7)):
             for label, settings in ablate.TABLES["kernel"].items():
                 folder = tmp_path / f"{label}-seed{seed}"
                 folder.mkdir()
-                job = dict(label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu", samples=8)
-                result = dict(right=right, right_base=0.4, diversity_right=None, diversity=1.0, distance=0.1, reward=0.6,
-                              reward_base=0.5, minutes=1.0, **opened)
+                job = dict(
+                    label=label,
+                    seed=seed,
+                    settings=settings | {"steps": 3},
+                    device="cpu",
+                    samples=8,
+                )
+                result = dict(
+                    right=right,
+                    right_base=0.4,
+                    diversity_right=None,
+                    diversity=1.0,
+                    distance=0.1,
+                    reward=0.6,
+                    reward_base=0.5,
+                    minutes=1.0,
+                    **opened,
+                )
                 (folder / "result.json").write_text(json.dumps(job | result))
-        monkeypatch.setattr(ablate, "open_figures", lambda G: opened)  # of the base: the one thing that is computed
-        ablate.ablate(argparse.Namespace(tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1, device="cpu", out=tmp_path))
+        monkeypatch.setattr(
+            ablate, "open_figures", lambda G: opened
+        )  # of the base: the one thing that is computed
+        ablate.ablate(
+            argparse.Namespace(
+                tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1, device="cpu", out=tmp_path
+            )
+        )
         out = capsys.readouterr().out
-        assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(ablate.TABLES["kernel"])
+        assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(
+            ablate.TABLES["kernel"]
+        )
         assert "60.0% (50.0% to 70.0%)" in out and "base 40.0% right" in out
 
     @pytest.mark.parametrize("reward,scored", (("scene_binary", "scene"), ("warm", "warm")))
-    def test_a_variant_is_trained_and_its_figures_are_the_reports(self, reward, scored, tmp_path, monkeypatch):
-        """A variant's reward is loaded by file; a reward that grades differently from the checker is scored by both."""
-        monkeypatch.setattr(ablate, "open_figures", lambda G: {"color_entropy": 2.0, "circle_flatness": 0.9})
-        settings = dict(steps=1, batch=2, candidates=4, anchors=2, radii=[0.5, 1.0], reward=ablate.MINE + reward)
+    def test_a_variant_is_trained_and_its_figures_are_the_reports(
+        self, reward, scored, tmp_path, monkeypatch
+    ):
+        """A variant's reward is loaded by file; a reward that grades differently from the checker
+        is scored by both."""
+        monkeypatch.setattr(
+            ablate, "open_figures", lambda G: {"color_entropy": 2.0, "circle_flatness": 0.9}
+        )
+        settings = dict(
+            steps=1, batch=2, candidates=4, anchors=2, radii=[0.5, 1.0], reward=ablate.MINE + reward
+        )
         job = dict(label="x", seed=3, settings=settings, device="cpu", samples=1)
         (tmp_path / "job.json").write_text(json.dumps(job))
         ablate.run_variant(tmp_path)
@@ -453,8 +699,16 @@ class TestToy:
         tuned = columns[run.name]
         name = scored if scored == "scene" else ablate.MINE + scored
         assert set(tuned["rewards"]) == {"scene", name}
-        assert result["reward"] == tuned["rewards"][name]["mean"][0] != columns["base"]["rewards"][name]["mean"][0]
-        assert result["right"] == tuned["accuracy"]["scene"]["all"]["mean"][0] == result["kinds"]["all"]
+        assert (
+            result["reward"]
+            == tuned["rewards"][name]["mean"][0]
+            != columns["base"]["rewards"][name]["mean"][0]
+        )
+        assert (
+            result["right"]
+            == tuned["accuracy"]["scene"]["all"]["mean"][0]
+            == result["kinds"]["all"]
+        )
         assert result["right_base"] == columns["base"]["accuracy"]["scene"]["all"]["mean"][0] > 0.2
         assert result["color_entropy"] == 2.0 and {k: result[k] for k in job} == job
 
@@ -465,9 +719,109 @@ class TestToy:
             return to_images(make_toy.render(slots, torch.zeros(1)))[0]
         images = [picture(32.0, 32.0, 12.0, 0, color) for color in (0, 0, 1, 1, 2, 3)]
         found = ablate.open_attributes(images, ["a circle"] * 6)
-        assert found["color_entropy"] == pytest.approx(-(2 * math.log2(1 / 3) / 3 + 2 * math.log2(1 / 6) / 6), abs=1e-6)
+        assert found["color_entropy"] == pytest.approx(
+            -(2 * math.log2(1 / 3) / 3 + 2 * math.log2(1 / 6) / 6), abs=1e-6
+        )
         assert found["circles"] == 6 and found["circle_flatness"] > 0.95
         flat = images[0].resize((64, 48)).crop((0, 0, 64, 48))
         canvas = Image.new("RGB", (64, 64), images[0].getpixel((0, 0)))
         canvas.paste(flat, (0, 8))
         assert ablate.flatness(canvas) == pytest.approx(0.75, abs=0.05)
+
+
+# ===== a person, and readers of text, as the reward
+
+
+class TestPerson:
+    """Over HTTP, by a scripted person who likes green."""
+
+    def get(self, address, path):
+        with urllib.request.urlopen(address.replace("/?", path + ("&" if "?" in path else "?"))) as answer:
+            return answer.read()
+
+    def judge(self, person, prompts):
+        """Answers so many prompts: the greenest three are best, the least green worst."""
+        for _ in range(prompts):
+            task = {"number": None}
+            while task["number"] is None:
+                task = json.loads(self.get(person.address, "/task"))
+                time.sleep(0.01)
+            green = []
+            for i in range(task["pictures"]):
+                picture = self.get(person.address, f"/picture?number={task['number']}&i={i}")
+                values = np.asarray(Image.open(io.BytesIO(picture)), float)
+                green.append(values[..., 1].mean() - values[..., 0].mean())
+            order = np.argsort(green)
+            marks = [0] * len(green)
+            for i in order[-3:]:
+                marks[i] = 1
+            for i in order[:3]:
+                marks[i] = -1
+            body = json.dumps({"number": task["number"], "marks": marks}).encode()
+            url = person.address.replace("/?", "/answer?")
+            urllib.request.urlopen(urllib.request.Request(url, body)).read()
+
+    def test_a_run_follows_the_person(self, tmp_path):
+        reward = Person()
+        judge = threading.Thread(target=self.judge, args=(reward, 16), daemon=True)
+        judge.start()
+        small = dict(steps=8, batch=2, candidates=12, anchors=3, lr=4e-3, preview_every=1, device="cpu")
+        run = drpo.train(drpo.Config.preset("toy", out=str(tmp_path / "run"), **small), reward=reward)
+        judge.join(60)
+        answers = (run / "answers.jsonl").read_text().splitlines()
+        assert len(answers) == 16
+        assert len(self.get(reward.address, "/preview")) > 1000
+        G = drpo.load_generator("toy")
+        G.load_lora(run)
+        prompts = ["a circle", "a square", "a triangle"] * 8
+        e = torch.stack([drpo.prompt_noise(5, i, G.noise_shape) for i in range(24)])
+        green = []
+        for context in (G.reference(), contextlib.nullcontext()):
+            with context, torch.no_grad():
+                x = G.decode(G.sample(e, G.encode(prompts)))
+            green.append(float(x[:, 1].mean() - x[:, 0].mean()))
+        assert green[1] > green[0] + 0.01
+
+    def test_answers_are_asked_once(self, tmp_path):
+        images = [Image.new("RGB", (8, 8), (0, 40 * i, 0)) for i in range(6)]
+        first = Person()
+        first.run_folder = tmp_path
+        threading.Thread(target=self.judge, args=(first, 1), daemon=True).start()
+        want = first(images, ["a"] * 6)
+        again = Person()  # of --resume
+        again.run_folder = tmp_path
+        assert again(images, ["a"] * 6) == want == [-1, -1, -1, 1, 1, 1]
+
+    def test_skipped_and_foreign_answers(self):
+        person = Person()
+        found = []
+        worker = threading.Thread(target=lambda: found.append(person([Image.new("RGB", (8, 8))], ["a"])))
+        worker.start()
+        while person.task is None:
+            time.sleep(0.01)
+        number = person.task["number"]
+        assert not person.take(number + 1, [1])
+        assert not person.take(number, [1, 1])
+        assert not person.take(number, [7])
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(person.address.split("?")[0] + "task")
+        assert b"Which is best?" in self.get(person.address, "/")
+        assert person.take(number, None)
+        worker.join(60)
+        assert math.isnan(found[0][0])
+
+
+class TestOcr:
+    """The edit distance and what is no opinion; the reader itself is a stand-in."""
+
+    @pytest.mark.parametrize("read,score", (("Hello World", 1), ("xx helloworld!", 1), ("hello", 0.5), ("", 0), ("q" * 99, 0)))
+    def test_text_in_picture(self, read, score):
+        reward = ocr.TextInPicture(lambda image: read)
+        assert reward([None], ['a sign that says "Hello World"']) == pytest.approx([score])
+
+    def test_no_opinion(self):
+        def fails(image):
+            raise OSError("no tesseract")
+
+        assert math.isnan(ocr.TextInPicture(fails)([None], ['"a"'])[0])
+        assert math.isnan(ocr.TextInPicture(lambda image: "a")([None], ["a cat"])[0])

@@ -1,0 +1,45 @@
+"""The curve of a run, also while it trains: python lab/curve.py RUN ... -> RUN/curve.png
+
+Reward (band: best to worst of a prompt), every watched reward, and diversity, over steps. Needs
+matplotlib, which is no requirement of the project.
+"""
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import drpo  # noqa: E402
+import rewards  # noqa: E402
+
+
+def draw(folder):
+    """Write curve.png of a run. UserError: no run, or one without a step."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise rewards.UserError("lab/curve.py needs matplotlib: pip install matplotlib") from None
+    drpo.read_config(folder)
+    metrics = drpo.read_metrics(folder)
+    if not metrics:
+        raise rewards.UserError(f"{folder}: no step is made yet, there is no curve")
+    names = sorted({name for m in metrics for name in m if name.startswith("watch/")})
+    names = ["reward_mean", *names, "diversity"]
+    figure = Figure(figsize=(4.6 * len(names), 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names)), names):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if name == "reward_mean":
+            band = [(m["step"], m["reward_worst"], m["reward_best"]) for m in metrics
+                    if m.get("reward_best") is not None]
+            axis.fill_between(*zip(*band), alpha=0.2) if band else None
+        axis.plot(*zip(*points), marker="." if len(points) < 40 else "") if points else None
+        axis.set_title(name.removeprefix("watch/"))
+        axis.set_xlabel("step")
+    figure.savefig(Path(folder) / "curve.png", dpi=110)
+    print(f"written: {folder}/curve.png")
+
+
+if __name__ == "__main__":
+    with rewards.one_line_errors():
+        if len(sys.argv) < 2:
+            raise rewards.UserError("name a run's folder")
+        for run in sys.argv[1:]:
+            draw(run)

@@ -125,7 +125,7 @@ def generate(G, prompts, n, seed, at_once):
 class Pictures:
     """Pictures of one model and what rewards say: x (P, N, D) latents, scores {reward: (P, N)},
     right {checker: (P, N)} of 1, 0 and NaN, kept {(p, i): PIL picture}, seconds of sampling and
-    decoding. """
+    decoding."""
 
     def __init__(self, G, prompts, n, args, reward):
         """n pictures of each prompt; kept are those that the report shows or a judge looks at."""

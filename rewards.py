@@ -1263,8 +1263,11 @@ class Http:
         return scores
 
 
-RATE = """How well does this picture show the following text, and how good does it look, from {low}
-to {high} (perfect)? Text: {prompt} Answer with one line of the form Score: <number>"""
+RATE = """How well does this picture show the following text, and how good does it look,
+from {low} to {high} (perfect)?
+Text: {prompt}
+Answer with one line of the form
+Score: <number>"""
 ASK_YES = "Does this picture show the following text? Answer Yes or No.\nText: {prompt}"
 FILTERED = re.compile(
     r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited", re.I
@@ -1546,7 +1549,7 @@ def server(reward, host="127.0.0.1", port=8000, token=None):
 
 # ===== prompts, pairs and pictures: read as what they are, or refused by name
 
-ANIMALS = """
+ANIMALS ="""
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
     wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
     chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""

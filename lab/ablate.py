@@ -7,7 +7,7 @@
 Trains every variant of a table with every seed and evaluates it on the held-out captions. Results
 grow in OUT/results.json as they arrive, the table is OUT/results.md; the same command again goes
 on. A cell is the mean over seeds, and the range of the seeds. New fields and features are
-registered in the tables of drpo.py, new rewards are named by file, as anybody would do it. """
+registered in the tables of drpo.py, new rewards are named by file, as anybody would do it."""
 
 import argparse
 import json

@@ -10,7 +10,7 @@
 
 Every update is one of `drpo.train` itself, read off its metrics.jsonl; the first is left out. A
 model is written once to --folder, then loaded from there as any diffusers folder is. Each row is
-printed as it comes, and what fails says so in its row. """
+printed as it comes, and what fails says so in its row."""
 
 import argparse
 import contextlib

@@ -18,7 +18,7 @@ captions: the model knows how to draw each one right, and preference finetuning 
 do so for every noise.
 
 First a small VAE (factor 8), then text encoder and UNet together, by regression on x0 = the
-picture's latent. """
+picture's latent."""
 
 import argparse
 import functools
@@ -97,7 +97,7 @@ WORDED = (3, 3, 2, 3, 3, 1)  # wordings of a scene, of each kind
 def captions():
     """Two lists of (caption, kind, spec): for training, and held out. A held-out scene is trained
     in no wording at all (of the three single-object scenes, which leave nothing to recombine, one
-    wording is held out). """
+    wording is held out)."""
     train, heldout = [], []
     rng = random.Random(0)
     for kind in range(len(KINDS)):

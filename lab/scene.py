@@ -206,7 +206,7 @@ def scene(images, prompts):
     larger number of the two; then half for the side, if one is named. An unreadable picture
     (smears, specks, unknown colours, nothing at all) gets half of that at most. A caption outside
     the toy's language ("a red circle", "three blue squares", "a circle above a square") gives NaN:
-    no opinion. """
+    no opinion."""
     if len(images) != len(prompts):
         raise ValueError(f"scene: {len(images)} images but {len(prompts)} prompts")
     return [score_of(image, prompt) for image, prompt in zip(images, prompts)]

@@ -15,6 +15,7 @@ Contents
 """
 import base64
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -3281,6 +3282,159 @@ class TestRewardsPyServed:
         finally:
             process.send_signal(2)
         assert process.wait(60) == 0
+
+
+# ===== a hub in a box
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in folders, as the hub serves them: HEAD and GET of files with ETag, commit and Range, and the
+    list of a repository's files. server.broken: files whose connection breaks once in the middle."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Quiet."""
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.asked.append((self.command, path))
+        listed = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/\w+)?", path)
+        file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path)
+        repo = (listed or file or [None, ""])[1]
+        if repo in hub.gated:
+            return self.reply(401, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        folder = hub.folder / repo
+        if not repo or not folder.is_dir():
+            return self.reply(404, b"{}", X_Error_Code="RepoNotFound")
+        if listed:
+            files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+            siblings = [{"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size} for f in files]
+            body = {"id": repo, "modelId": repo, "sha": "a" * 40, "siblings": siblings, "tags": [], "private": False}
+            return self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
+        if not (folder / file[2]).is_file():
+            return self.reply(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit="a" * 40)
+        data = (folder / file[2]).read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": "a" * 40, "Accept_Ranges": "bytes"}
+        first = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if first:
+            rest = data[int(first[1]):]
+            headers["Content_Range"] = f"bytes {first[1]}-{len(data) - 1}/{len(data)}"
+            hub.resumed.append(file[2])
+            return self.reply(206, rest, **headers)
+        if self.command == "GET" and file[2] in hub.broken:
+            self.send_response(200)
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(data[:len(data) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            return None
+        return self.reply(200, data, **headers)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(models, tmp_path):
+    """A hub with SD-Turbo and SDXL-Turbo of tiny size, in both precisions, with what else lies beside them, and CLIP."""
+    for kind, name in (("sd", "sd-turbo"), ("sdxl", "sdxl-turbo")):
+        folder = tmp_path / "hub" / "stabilityai" / name
+        shutil.copytree(models / kind, folder)
+        for file in list(folder.rglob("*.safetensors")):
+            shutil.copy(file, file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+            shutil.copy(file, file.with_suffix(".bin"))
+        (folder / "sd_turbo.safetensors").write_bytes(b"the single-file checkpoint")
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "model.safetensors").write_bytes(b"not used")
+        index = json.loads((folder / "model_index.json").read_text())
+        index.update(safety_checker=[None, None], feature_extractor=[None, None])
+        (folder / "model_index.json").write_text(json.dumps(index))
+    clip = tmp_path / "hub" / "openai" / "clip-vit-large-patch14"
+    clip.mkdir(parents=True)
+    clip_folder(clip)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked, server.gated, server.broken, server.resumed = tmp_path / "hub", [], set(), set(), []
+    with running(server) as (_, url):
+        server.url = url
+        yield server
+
+
+def on_hub(hub, *argv, script="drpo.py", **env):
+    """A program of ours in a process of its own, whose hub is this one."""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "cache"), "HF_HUB_DISABLE_XET": "1",
+           "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1", **env}
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=hub.folder.parent, env=env, text=True,
+                          capture_output=True)
+
+
+TINY = ("--prompts animals --reward jpeg --features vae --steps 1 --batch 1 --candidates 4 --anchors 2 --device cpu "
+        "--preview-every 0").split()
+
+
+class TestAHubInABox:
+    """README's commands as a stranger's first start, at a hub of tiny repositories."""
+
+    def test_first_start_resume_eval_and_offline(self, hub):
+        """What is used is fetched, once, with a line before and after; then nothing is asked of the hub's files."""
+        done = on_hub(hub, "--model", "sd-turbo", "--watch", "clip", "--out", "sd", *TINY)
+        assert done.returncode == 0, done.stderr
+        for repo in ("stabilityai/sd-turbo", "openai/clip-vit-large-patch14"):
+            assert f"fetching {repo}, " in done.stderr
+            assert f"fetched {repo}" in done.stderr
+        fetched = {path.split("/resolve/main/")[1] for command, path in hub.asked
+                   if command == "GET" and "sd-turbo/resolve/" in path}
+        weights = {name for name in fetched if name.endswith((".safetensors", ".bin"))}
+        assert weights == {"unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+                           "text_encoder/model.fp16.safetensors"}
+        hub.asked.clear()
+        done = on_hub(hub, "--resume", "sd", "--steps", "2")
+        assert done.returncode == 0, done.stderr
+        assert "fetch" not in done.stderr
+        done = on_hub(hub, "sd", "--limit", 1, "--samples", 1, "--prompts", "animals", script="eval.py", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert not [path for command, path in hub.asked if command == "GET" and "/resolve/" in path]
+
+    def test_sdxl_and_a_unet_in_the_place_of_its_own(self, hub, models):
+        """The replaced UNet's weights are not fetched."""
+        other = hub.folder / "owner" / "fast"
+        other.mkdir(parents=True)
+        shutil.copy(models / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors", other / "one_step.safetensors")
+        done = on_hub(hub, "--model", "sdxl-turbo", "--unet", "owner/fast/one_step.safetensors", "--out", "xl", *TINY)
+        assert done.returncode == 0, done.stderr
+        assert not [path for command, path in hub.asked if command == "GET" and "/unet/diffusion" in path]
+
+    def test_a_connection_that_breaks_goes_on(self, hub):
+        """In the middle of a weight: one line, and the next start fetches the rest."""
+        hub.broken.add("unet/diffusion_pytorch_model.fp16.safetensors")
+        first = on_hub(hub, "--model", "sd-turbo", "--out", "a", *TINY)
+        hub.broken.clear()
+        if first.returncode:  # the library itself may have gone on
+            assert first.stderr.strip().splitlines()[-1].startswith("error: stabilityai/sd-turbo could not be read")
+            assert "Traceback" not in first.stderr
+            assert on_hub(hub, "--model", "sd-turbo", "--out", "a", *TINY).returncode == 0
+        assert (hub.folder.parent / "a" / drpo.LORA_FILE).exists()
+
+    def test_what_goes_wrong_is_one_line(self, hub):
+        hub.gated.add("stabilityai/sdxl-turbo")
+        (hub.folder / "stabilityai" / "sd-turbo" / "vae" / "config.json").unlink()
+        for argv, words in ((["--model", "sdxl-turbo"], "hf auth login"), (["--model", "nobody/nothing"], "does not exist"),
+                            (["--model", "sd-turbo"], "could not be read")):
+            done = on_hub(hub, *argv, *TINY)
+            assert done.returncode == 2, done.stderr
+            assert words in done.stderr.strip().splitlines()[-1]
+            assert "Traceback" not in done.stderr
+        offline = on_hub(hub, "--model", "sd-turbo", *TINY, HF_HUB_OFFLINE="1", HF_HOME=str(hub.folder / "empty"))
+        assert offline.returncode == 2
+        assert "--model toy" in offline.stderr
 
 
 # ===== eval.py

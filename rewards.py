@@ -554,14 +554,15 @@ def from_hub(repo, choose):
     wanted = choose(list(sizes))
     missing = [name for name in wanted
                if not isinstance(hub.try_to_load_from_cache(repo, name, revision=info.sha), str)]
-    if missing:
-        size = sum(sizes.get(name, 0) for name in missing) / 1e9
+    size = sum(sizes.get(name, 0) for name in missing) / 1e9
+    told = size > 1e-3 or any(WEIGHTS.fullmatch(name.rpartition("/")[2]) for name in missing)
+    if told:
         print(f"fetching {repo}, {size:.2g} GB, once", file=sys.stderr, flush=True)
     folder = None
     for name in wanted:
         path = Path(hub.hf_hub_download(repo, name))
         folder = path.parents[name.count("/")]
-    if missing:
+    if told:
         print(f"fetched {repo}", file=sys.stderr, flush=True)
     return str(folder)
 

@@ -492,7 +492,7 @@ def quiet_libraries():
     """diffusers and transformers say nothing of their own: what goes wrong is said by us, in one
     line. The bars of downloads, which they would switch off as well, stay."""
     import diffusers
-    import huggingface_hub
+    import huggingface_hub.constants
     import transformers
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)
@@ -541,6 +541,7 @@ def from_hub(repo, choose):
     """Fetches the files of a repository that choose(names) picks, each with a bar on a terminal,
     and says how much is to come; offline, what an earlier start fetched -> folder."""
     import huggingface_hub as hub
+    import huggingface_hub.errors  # noqa: F401
     try:
         info = hub.HfApi().model_info(repo, files_metadata=True)
     except (hub.errors.RepositoryNotFoundError, hub.errors.GatedRepoError):

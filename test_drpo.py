@@ -2672,7 +2672,7 @@ class TestRewardsPyFiles:
         ("geneval@/no/such/place", ["/no/such/place", "geneval@/path/to/evaluation_metadata.jsonl"]),
     ])
     def test_reward_missing_files(self, spec, says, tmp_path, monkeypatch):
-        import huggingface_hub
+        import huggingface_hub.constants
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setenv("DRPO_CACHE", str(tmp_path))

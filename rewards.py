@@ -1647,15 +1647,29 @@ def first_of(sha256, *urls):
 
 
 def table_rows(path, text, delimiter):
-    """A table with a header -> [(line, {column: cell})]. Nothing is cut or joined: UserError."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    """A table with a header -> [(line, {column: cell})]. Nothing is cut or joined: UserError.
+
+    In a .tsv quotes may be letters, as in PartiPrompts.tsv, where no line has an odd one."""
+    odd = any(line.count('"') % 2 for _, line in lines_of(text))
+    if delimiter == "\t" and not odd:
+        with contextlib.suppress(UserError):
+            return quoted_rows(path, text, delimiter, csv.QUOTE_MINIMAL)
+        return quoted_rows(path, text, delimiter, csv.QUOTE_NONE)
+    return quoted_rows(path, text, delimiter, csv.QUOTE_MINIMAL)
+
+
+def quoted_rows(path, text, delimiter, quoting):
+    """`table_rows` for one way of quoting."""
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=delimiter, strict=True, quoting=quoting)
     rows = []
     try:
         header = [name.strip() for name in next(reader, [])]
         for row in reader:
             if len(row) > len(header):
-                raise csv.Error(f"{len(row)} cells under {len(header)} columns; quote a cell that "
-                                "holds the separator")
+                raise csv.Error(
+                    f"{len(row)} cells under {len(header)} columns; quote a cell that holds the separator"
+                )
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as e:

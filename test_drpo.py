@@ -2578,14 +2578,16 @@ class TestRewardsPyFiles:
     @pytest.mark.parametrize("name,text,want", (
         ("a.txt", "\ufeffa cat\r\n\r\n a dog \n", ["a cat", "a dog"]), ("a", "a\u2028b\n", ["a\u2028b"]),
         ("a.jsonl", '{"Prompt": "a"}\n"b"\n', ["a", "b"]), ("a.json", '["a", {"TEXT": "b"}]', ["a", "b"]),
-        ("a.csv", 'id,Caption\n1,"a, ""b"""\n2,c\n', ['a, "b"', "c"]), ("a.tsv", "Prompt\tnote\na\tx\nb\n", ["a", "b"])))
+        ("a.csv", 'id,Caption\n1,"a, ""b"""\n2,c\n', ['a, "b"', "c"]), ("a.tsv", "Prompt\tnote\na\tx\nb\n", ["a", "b"]),
+        # as PartiPrompts.tsv has it (google-research/parti 5a65797): quotes are letters
+        ("a.tsv", 'Prompt\tNote\n"G I" painted\tx\na sign "Go"\ty\n', ['"G I" painted', 'a sign "Go"'])))
     def test_prompt_files(self, name, text, want, tmp_path):
         (tmp_path / name).write_bytes(text.encode())
         assert rewards.load_prompts(str(tmp_path / name)) == want
 
     @pytest.mark.parametrize("name,text,words", (
         ("a.csv", "prompt\na,b\n", "2 cells under 1 columns"), ("a.csv", 'prompt\n"a\nb\n', "line 3"),
-        ("a.csv", 'prompt\n"a"b\n', "line 2"), ("a.csv", "prompt\n" + "x" * 200_000, "field larger"),
+        ("a.csv", 'prompt\n"a"b\n', "line 2"), ("a.tsv", 'prompt\tx\n"a\tb\nc\td\n', "line 3"), ("a.csv", "prompt\n" + "x" * 200_000, "field larger"),
         ("a.csv", "title\na\n", '"caption"'), ("a.json", '{"prompt": "a"}', "array"), ("a.jsonl", "{", "line 1"),
         ("a.txt", " \n", "empty"), ("a.png", "a", ".png")))
     def test_prompt_files_that_are_none(self, name, text, words, tmp_path):

@@ -1668,7 +1668,8 @@ def quoted_rows(path, text, delimiter, quoting):
         for row in reader:
             if len(row) > len(header):
                 raise csv.Error(
-                    f"{len(row)} cells under {len(header)} columns; quote a cell that holds the separator"
+                    f"{len(row)} cells under {len(header)} columns; quote a cell that holds the "
+                    "separator"
                 )
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))

@@ -1,7 +1,7 @@
-"""A person as the reward: a page shows a prompt and its pictures, a click says which are best, worst.
+"""A person as the reward: a page shows a prompt and its pictures, clicks say which are best, worst.
 
-    python drpo.py --model toy --reward lab/person.py:Person --batch 2 --candidates 12 --anchors 3 \\
-        --steps 30 --preview-every 1
+    python drpo.py --model toy --reward lab/person.py:Person --batch 2 --candidates 12 \\
+        --anchors 3 --steps 30 --preview-every 1
 
 prints an address of this machine with a token in it; open it in a browser. The first click on a
 picture marks it best, a second one worst, a third takes the mark away; keys 1 to 9 do the same for
@@ -24,13 +24,16 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Which is best?</title>
 <style>
 body { font: 16px system-ui, sans-serif; margin: 1.2em; background: #fafafa; color: #22262e }
 #pictures { display: flex; flex-wrap: wrap; gap: 10px }
-figure { margin: 0; padding: 5px; border: 5px solid #ddd; border-radius: 6px; cursor: pointer }
+figure { margin: 0; padding: 5px; border: 5px solid #ddd; border-radius: 6px }
+figure { cursor: pointer }
 figure.best { border-color: #2a9d4e } figure.worst { border-color: #d43d3d }
 figure img { width: 190px; display: block; image-rendering: pixelated }
-#side img { max-width: 100%; image-rendering: pixelated } button { font-size: 1em; margin-right: 8px }
+#side img { max-width: 100%; image-rendering: pixelated }
+button { font-size: 1em; margin-right: 8px }
 </style>
 <h2 id="prompt">waiting for the first pictures ...</h2>
-<p>click: best (green), again: worst (red), again: neither. Keys 1-9, Enter sends, u undoes, s skips.
+<p>click: best (green), again: worst (red), again: neither.
+Keys 1-9, Enter sends, u undoes, s skips.
 <span id="count"></span></p>
 <p><button onclick="send(false)">send (Enter)</button><button onclick="undo()">undo (u)</button>
 <button onclick="send(true)">skip (s)</button></p>
@@ -78,7 +81,8 @@ async function poll() {
         return figure;
       }));
       document.getElementById("side").innerHTML = task.preview
-        ? `<h3>the same noise: base above, tuned below</h3><img src="${at("/preview?n=" + number)}">` : "";
+        ? "<h3>the same noise: base above, tuned below</h3>"
+          + `<img src="${at("/preview?n=" + number)}">` : "";
     }
   } catch (error) { document.getElementById("count").textContent = "the run has ended or is away"; }
   setTimeout(poll, 400);
@@ -175,7 +179,7 @@ class Person:
         return scores
 
     def ask(self, prompt, images):
-        """One prompt -> its scores, from answers.jsonl if these very pictures were judged before."""
+        """One prompt -> its scores, from answers.jsonl if these pictures were judged before."""
         files = []
         for image in images:
             file = io.BytesIO()

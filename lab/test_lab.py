@@ -736,7 +736,9 @@ class TestPerson:
     """Over HTTP, by a scripted person who likes green."""
 
     def get(self, address, path):
-        with urllib.request.urlopen(address.replace("/?", path + ("&" if "?" in path else "?"))) as answer:
+        with urllib.request.urlopen(
+            address.replace("/?", path + ("&" if "?" in path else "?"))
+        ) as answer:
             return answer.read()
 
     def judge(self, person, prompts):
@@ -765,8 +767,12 @@ class TestPerson:
         reward = Person()
         judge = threading.Thread(target=self.judge, args=(reward, 16), daemon=True)
         judge.start()
-        small = dict(steps=8, batch=2, candidates=12, anchors=3, lr=4e-3, preview_every=1, device="cpu")
-        run = drpo.train(drpo.Config.preset("toy", out=str(tmp_path / "run"), **small), reward=reward)
+        small = dict(
+            steps=8, batch=2, candidates=12, anchors=3, lr=4e-3, preview_every=1, device="cpu"
+        )
+        run = drpo.train(
+            drpo.Config.preset("toy", out=str(tmp_path / "run"), **small), reward=reward
+        )
         judge.join(60)
         answers = (run / "answers.jsonl").read_text().splitlines()
         assert len(answers) == 16
@@ -795,7 +801,9 @@ class TestPerson:
     def test_skipped_and_foreign_answers(self):
         person = Person()
         found = []
-        worker = threading.Thread(target=lambda: found.append(person([Image.new("RGB", (8, 8))], ["a"])))
+        worker = threading.Thread(
+            target=lambda: found.append(person([Image.new("RGB", (8, 8))], ["a"]))
+        )
         worker.start()
         while person.task is None:
             time.sleep(0.01)
@@ -814,7 +822,10 @@ class TestPerson:
 class TestOcr:
     """The edit distance and what is no opinion; the reader itself is a stand-in."""
 
-    @pytest.mark.parametrize("read,score", (("Hello World", 1), ("xx helloworld!", 1), ("hello", 0.5), ("", 0), ("q" * 99, 0)))
+    @pytest.mark.parametrize(
+        "read,score",
+        (("Hello World", 1), ("xx helloworld!", 1), ("hello", 0.5), ("", 0), ("q" * 99, 0)),
+    )
     def test_text_in_picture(self, read, score):
         reward = ocr.TextInPicture(lambda image: read)
         assert reward([None], ['a sign that says "Hello World"']) == pytest.approx([score])

@@ -15,7 +15,7 @@ used. With frozen features phi and the frozen base G_ref,
     V_pref = grad_z E(z)                              preference field        `dipole_field`
     V_ref  = mu_R(z) - mu_Z(z)                        drift toward the base   `reference_drift`
     z*     = sg[ z + eta u (V_pref + lambda V_ref) ]  detached target         `dipole_target`
-    L      = 1/(2 N D) sum_i || (z_i - z_i*) / u ||^2   regression            `regression_loss`
+    L      = 1/(2 N D) sum_i || (z_i - z_i*) / u ||^2 regression              `regression_loss`
 
 mu_B(z) = sum_b k(z, b) b / sum_b k(z, b): the mean of a set B as seen from z; sg: no gradient. The
 unit u = s / sqrt(D), which the paper leaves out, lets maps of any scale weigh alike; with several
@@ -767,8 +767,8 @@ def sample_candidates(G, phi, batch, at_once):
 
 @torch.no_grad()
 def score_candidates(G, reward, batch, x):
-    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {part: (P, K)} of which they are made; the
-    reward sees whole prompts, each in one call. None, {}: offline pairs need no scores."""
+    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} to be logged beside them;
+    the reward sees whole prompts, each in one call. None, {}: offline pairs need no scores."""
     P, K = batch.noise.shape[:2]
     if batch.pairs:
         return None, {}
@@ -778,11 +778,11 @@ def score_candidates(G, reward, batch, x):
         prompts = [prompt for prompt in batch.prompts for _ in range(K)]
         native = reward.score(pictures, prompts, watch=batch.watch)
         native = {name: values.view(P, K) for name, values in native.items()}
-        scores = reward.combine(native)
-        watched = [name for name in native if name.startswith("watch/")]
-        if len(native) - len(watched) == 1:  # the one part is the score
-            native = {name: native[name] for name in watched}
-        return scores, native
+        parts = [name for name in native if not name.startswith("watch/")]
+        logged = {name: values for name, values in native.items() if name not in parts}
+        if len(parts) > 1:  # a lone part is the score itself
+            logged.update({f"part/{name}": native[name] for name in parts})
+        return reward.combine(native), logged
 
 
 @torch.no_grad()
@@ -861,7 +861,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
         part = batch.part(first, prompts_at_once)
         with torch.set_grad_enabled(keep_graph):
             x, x_ref, z, r = sample_candidates(G, phi, part, at_once)
-        scores, native = score_candidates(G, reward, part, x)
+        scores, logged = score_candidates(G, reward, part, x)
         gradients = []
         with phase("field"):
             for p in range(len(part.prompts)):
@@ -876,7 +876,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
                     best = [h[positive.to(h.device)] for h in z_p]
                     worst = [h[negative.to(h.device)] for h in z_p]
                     of_prompt.update(reward_figures(scores[p], positive, negative))
-                    for name, values in native.items():
+                    for name, values in logged.items():
                         of_prompt[name] = values[p].nanmean()
                 of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
                 gradients.append(of_maps)
@@ -935,7 +935,7 @@ def fitting_micro_batch(G, phi, batch):
 # ===== 5. A run: the loop, its settings, its folder, the command line.
 
 def train(cfg, reward=None, stop=None):
-    """Run DrPO -> path of the run's folder (None in torchrun's other processes).
+    """Run DrPO -> path of the run's folder; None in torchrun's other processes.
 
     reward: a callable in place of cfg.reward; stop: the `Stop` that ends it early. UserError: what
     the user can mend. The first Ctrl-C ends it after the step, the second is KeyboardInterrupt."""
@@ -949,8 +949,9 @@ def train(cfg, reward=None, stop=None):
     parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
                                   fused=G.device.type == "cuda")
-    first_batch = next_batch(G, phi, cfg, 0, prompts, pairs)
-    micro = cfg.micro_batch or fitting_micro_batch(G, phi, first_batch)
+    micro = cfg.micro_batch
+    if not micro:
+        micro = fitting_micro_batch(G, phi, next_batch(G, phi, cfg, 0, prompts, pairs))
     G.decode_at_once = min(G.decode_at_once, micro)
     if cfg.compile:
         compile_networks(G)
@@ -1028,8 +1029,8 @@ def resolved(cfg):
         rules.append((f.name, fits, f"a number, at least {least}"))
     for name, holds, expected in rules:
         if not holds:
-            name = name.replace("_", "-")
-            raise UserError(f"--{name} is {values[name.replace('-', '_')]}; expected {expected}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {values[name]}; expected {expected}")
     return cfg
 
 
@@ -1093,7 +1094,8 @@ def optimizer_step(G, optimizer, cfg, stop, world):
     is not applied. If one process is to stop, all stop together."""
     parameters = G.parameters()
     if world > 1:
-        tensors = [*(p.grad for p in parameters), torch.full((1,), stop.signal, device=G.device)]
+        stopping = torch.full((1,), float(stop.signal), device=G.device)
+        tensors = [*(p.grad for p in parameters), stopping]
         flat = nn.utils.parameters_to_vector(tensors) / world
         try:
             dist.all_reduce(flat)
@@ -1155,42 +1157,47 @@ class Run:
         self.writes, self.made, self.lock = writes, False, None
         self.step = self.position = 0
         self.metrics = []
-        self.path = Path(cfg.resume or cfg.out or self.default_folder())
-        if writes:
-            self.claim()
-        if cfg.resume:
-            try:
+        self.path = Path(cfg.resume) if cfg.resume else None
+        try:
+            if writes:
+                self.claim()
+            if cfg.resume:
                 self.load()
-            except UserError:
-                self.release()
-                raise
+        except UserError:
+            self.release()
+            raise
+        except OSError as e:
+            raise UserError(f"--out {self.path}: {e.strerror}; name another folder") from e
+        if not writes:
+            self.path = None
         self.first = self.step
 
-    def default_folder(self):
-        """runs/MODEL-REWARD-DATE, numbered where there is one already."""
+    def claim(self):
+        """Makes --out, or the next default name that is free, and locks the folder for this process
+        as long as it lives."""
         cfg = self.cfg
         what = "pairs" if cfg.pairs else Path(cfg.reward.partition(":")[0]).stem
         name = f"{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
-        path = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
-        numbered = (f"{path}-{n}" if n > 1 else path for n in itertools.count(1))
-        return next(path for path in numbered if not os.path.exists(path))
-
-    def claim(self):
-        """Makes the folder and locks it for this process as long as it lives."""
+        default = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
+        for n in itertools.count(1):
+            if cfg.resume or self.made:
+                break
+            self.path = Path(cfg.out or (default if n == 1 else f"{default}-{n}"))
+            try:
+                self.path.mkdir(parents=True)
+                self.made = True
+            except FileExistsError:  # another process was faster, or an empty --out
+                if cfg.out:
+                    break
+        self.lock = os.open(self.path, os.O_RDONLY)
         try:
-            self.made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.path, os.O_RDONLY)
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{self.path} is in use by another run: wait for it or stop it"
-            ) from None
-        except OSError as e:
-            raise UserError(f"--out {self.path}: {e.strerror}; name another folder") from e
-        if not self.cfg.resume and not is_empty(self.path):
-            self.release()
+            raise UserError(f"{self.path} is in use by another run: wait or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        if not cfg.resume and not is_empty(self.path):
             raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
 
     def release(self):
@@ -1358,7 +1365,7 @@ def kept(run):
 FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
            "reward_worst": "worst {:.4g}", "diversity": "diversity {:.0%}",
            "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "seconds": "{:.2f} s",
-           "peak_gib": "{:.1f} GiB", "skipped": "no anchors for {:.0%} of the prompts"}
+           "peak_gib": "{:.1f} GiB"}
 
 
 def figures_line(metrics, steps):
@@ -1368,9 +1375,13 @@ def figures_line(metrics, steps):
         if name.startswith("watch/") and value is not None:
             parts.append(f"{name[6:]} {value:.4g}")
     for name, text in FIGURES.items():
-        if metrics.get(name) or name == "reward_mean" and metrics.get(name) is not None:
+        if metrics.get(name) is not None:
             parts.append(text.format(metrics[name]))
-    return "  ".join(parts + ["NOT FINITE, not applied"] * (not metrics["applied"]))
+    if metrics.get("skipped"):
+        parts.append(f"no anchors for {metrics['skipped']:.0%} of the prompts")
+    if not metrics["applied"]:
+        parts.append("NOT FINITE, not applied")
+    return "  ".join(parts)
 
 
 def model_card(cfg, metrics):
@@ -1396,7 +1407,7 @@ Optimization (arXiv 2606.02521). {figures}
     pipe(prompt, num_inference_steps=1, guidance_scale=0{t}).images[0]
 
 Settings: `{json.dumps(settings)}`
-"""
+""".replace(str(Path.home()), "~")
 
 
 def read_config(folder):
@@ -1527,8 +1538,8 @@ def load_pipeline(name, dtype, unet):
             else:
                 names = [file.name for file in (Path(folder) / part).glob("*model*")]
                 half = names and all(".fp16" in name for name in names)
-                parts[part] = rewards.whole(cls, folder, subfolder=part, dtype=dtype,
-                                            variant="fp16" if half else None)
+                parts[part] = rewards.frozen(cls, folder, exact=True, subfolder=part, dtype=dtype,
+                                             variant="fp16" if half else None)
         pipe = kind.from_pretrained(folder, **parts, **rest, feature_extractor=None,
                                     image_encoder=None)
         if not hasattr(pipe.scheduler, "alphas_cumprod"):
@@ -1611,11 +1622,9 @@ def read_lora(path):
     UserError: another program's."""
     from safetensors import safe_open
     file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    with rewards.reading(
-        file,
-        "not a readable LoRA file of drpo.py; another program's: fuse it into "
-        "a folder by diffusers, and give that as --model",
-    ):
+    hint = ("not a readable LoRA file of drpo.py; another program's: fuse it into a folder by "
+            "diffusers, and give that as --model")
+    with rewards.reading(file, hint):
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
             state = {key: f.get_tensor(key) for key in f.keys()}
@@ -1633,7 +1642,7 @@ compiled = functools.cache(functools.partial(torch.compile, **COMPILE))  # a fun
 
 def compile_networks(G):
     """--compile: the UNet, the decoder, and from here on the features that ask for it."""
-    print("compiling in the first steps, which takes minutes (three on an H100)", file=sys.stderr)
+    print("compiling in the first steps, which takes minutes (four on an H100)", file=sys.stderr)
     for name in ("torch._dynamo", "torch._inductor", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch._(dynamo|inductor)")

@@ -617,29 +617,20 @@ def tokenizer_at(repo, path, max_length, **options):
 UNUSED = re.compile(r"(.*\.)?position_ids|.*\bswin\.layernorm\.(weight|bias)")
 
 
-def whole(cls, source, **options):
-    """cls.from_pretrained(source), its weights neither missing nor left over, frozen. `source` is
-    None when the options bring config and state_dict. ValueError: not whole."""
+def frozen(cls, source, exact=False, **options):
+    """cls.from_pretrained(source), frozen, in float32 on the CPU unless the options say otherwise.
+
+    `source` is None when they bring config and state_dict. ValueError: a weight is missing, which
+    would be random; exact: or left over (a larger model's decoder may be)."""
+    options.setdefault("dtype", torch.float32)
     if cls.__module__.startswith("diffusers"):
         options["torch_dtype"] = options.pop("dtype")
     model, report = cls.from_pretrained(source, output_loading_info=True, **options)
-    for trouble in ("missing", "unexpected"):
+    for trouble in ("missing", "unexpected") if exact else ("missing",):
         keys = sorted(key for key in report[f"{trouble}_keys"] if not UNUSED.fullmatch(key))
         if keys:
             part = options.get("subfolder", cls.__name__)
             raise ValueError(f"{part}: {len(keys)} {trouble} weights, {keys[0]} first")
-    return model.eval().requires_grad_(False)
-
-
-def frozen(cls, source, **options):
-    """cls.from_pretrained(source) in float32 on the CPU. A weight that the source lacks is an
-    error, never random; what a larger model has besides (a decoder) is left out."""
-    model, report = cls.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True, **options
-    )
-    missing = sorted(key for key in report["missing_keys"] if not UNUSED.fullmatch(key))
-    if missing:
-        raise ValueError(f"{len(missing)} weights missing, {missing[0]} first")
     return model.eval().requires_grad_(False)
 
 

@@ -1621,6 +1621,28 @@ class TestOneUpdate:
         assert torch.equal(got, want) and m["skipped"] == 0
         assert m["reward_best"] == pytest.approx((0.9 + 6) / 2) and m["reward_worst"] == pytest.approx((0.1 + 1) / 2)
 
+    def test_parts_and_watched_rewards_are_logged(self, tuned):
+        """Of several parts each one's mean; a lone part is the score itself, and has no line of its own."""
+        G, _ = tuned
+
+        def red(images, prompts):
+            return [float(np.asarray(image)[..., 0].mean()) for image in images]
+
+        def blue(images, prompts):
+            return [float(np.asarray(image)[..., 2].mean()) for image in images]
+
+        x = torch.cat([some_noise(6, seed) for seed in (0, 1)])
+        noise = torch.zeros(2, 6, 4, 8, 8)
+        batch = drpo.Batch(PROMPTS, G.encode(PROMPTS), noise, watch=True)
+        both = rewards.Reward("both", {"red": red, "blue": blue}, {"red": 1.0, "blue": 1.0})
+        alone = rewards.Reward("red", {"red": red}, {"red": 1.0}, {"blue": blue})
+        assert set(drpo.score_candidates(G, both, batch, x)[1]) == {"part/red", "part/blue"}
+        scores, logged = drpo.score_candidates(G, alone, batch, x)
+        assert set(logged) == {"watch/blue"}
+        pictures = rewards.to_pil(G.decode(x))
+        np.testing.assert_allclose(scores.flatten(), red(pictures, None))
+        np.testing.assert_allclose(logged["watch/blue"].flatten(), blue(pictures, None))
+
     def test_no_gradient_reaches_reference_reward_or_networks(self, tuned):
         G, params = tuned
         _, _, score = update_gradient(G, params, "vae,unet", 4)

@@ -41,17 +41,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scene import readable, scene
+from scene import SCENE_COLORS, SCENE_SHAPES, readable, scene
 
-SHAPES = ["circle", "square", "triangle"]
-COLORS = {
-    "red": (222, 62, 62),
-    "yellow": (247, 192, 48),
-    "green": (58, 166, 94),
-    "blue": (50, 118, 216),
-    "purple": (150, 82, 192),
-    "black": (50, 54, 64),
-}
+SHAPES = list(SCENE_SHAPES)
+COLORS = SCENE_COLORS
 PAPER = ((251, 249, 244), (222, 231, 242))  # the background runs from warm to cool
 KINDS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 SIDES = {

@@ -50,7 +50,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -342,7 +341,7 @@ def mean_std(h, patch=None):
     """Mean and std, sqrt(var + 1e-6), over patches of h (B, C, H, W) or all: 2 x (B, T, C)."""
     height, width = (patch, patch) if patch else h.shape[-2:]
     h = F.unfold(h.float(), (height, width), stride=(height, width))  # (B, C height width, T)
-    h = h.unflatten(1, (-1, height * width)).permute(0, 3, 1, 2)  # (B, T, C, height width)
+    h = h.mT.unflatten(2, (-1, height * width))  # (B, T, C, height width)
     return h.mean(-1), (h.var(-1, correction=0) + 1e-6).sqrt()
 
 
@@ -436,15 +435,11 @@ def unet_features(G, path=None):
                 raise Reached
 
         hooks = [block.register_forward_hook(keep) for block in blocks]
-        noisy = (x + 0.1 * noise).to(G.dtype)
-        try:
-            with G.reference():  # forward, the method, is never compiled: the hooks are seen
-                G.unet.forward(noisy, t, **G.network_arguments(condition))
-        except Reached:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with G.reference(), contextlib.suppress(Reached):
+            # forward, the method, is never compiled: the hooks are seen
+            G.unet.forward((x + 0.1 * noise).to(G.dtype), t, **G.network_arguments(condition))
+        for hook in hooks:
+            hook.remove()
         return [F.avg_pool2d(h.float(), min(4, h.shape[-1])).flatten(1)[:, None] for h in hidden]
 
     return phi
@@ -454,17 +449,13 @@ def vit_features(repo, class_name, G, path=None):
     """`mae`, `dino`: a vision transformer on the decoded picture, 224 x 224: of hidden_states[12]
     the mean and the std over the patches, and the class token: three maps."""
     net = rewards.hub_model(class_name, path or repo).to(G.device, G.dtype)
-    net.config.mask_ratio = 0.0
-    patches = (224 // net.config.patch_size) ** 2
+    net.config.mask_ratio = 0.0  # ViT-MAE sees all patches, in an order that changes nothing here
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)
 
     def phi(x, condition):
         pictures = F.interpolate(G.decode(x), (224, 224), mode="bicubic", antialias=True)
         pictures = (pictures - mean[:, None, None]) / std[:, None, None]  # (B, 3, 224, 224)
-        order = {}
-        if class_name == "ViTMAEModel":  # shuffles its patches even in eval mode: sorted noise
-            order["noise"] = torch.arange(patches, device=x.device).expand(len(x), -1)
-        states = net(pictures.to(G.dtype), output_hidden_states=True, **order).hidden_states
+        states = net(pictures.to(G.dtype), output_hidden_states=True).hidden_states
         h = states[min(12, len(states) - 1)].float()  # (B, 1 + patches, D), class token first
         return [*mean_std(h[:, 1:].mT[..., None]), h[:, :1]]
 
@@ -570,11 +561,9 @@ class Generator:
         self.noise_scale = math.sqrt(1 - self.abar) if euler else 1.0
         self.prediction = pick("prediction", prediction or scheduler.config.get("prediction_type"),
                                ("epsilon", "v_prediction", "sample"))
-        try:
+        with contextlib.suppress(ValueError, IndexError, RuntimeError):  # it cannot take one step
             scheduler.set_timesteps(1)
-            own = int(scheduler.timesteps[0])
-        except (ValueError, IndexError, RuntimeError):  # it cannot take one step
-            own = None
+        own = int(scheduler.timesteps[0])
         if own != t:
             print(f"{type(scheduler).__name__} ({spacing} spacing) would start at t = {own}; here "
                   f"t = {t} (--timestep)", file=sys.stderr)
@@ -617,9 +606,7 @@ class Generator:
 
         UserError: a picture that is not finite is no picture."""
         x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        parts = []
-        for part in x.split(self.decode_at_once):
-            parts.append(self.vae.decode(part, return_dict=False)[0].float())
+        parts = [self.vae.decode(part).sample.float() for part in x.split(self.decode_at_once)]
         pictures = torch.cat(parts)
         if not pictures.isfinite().all():
             raise UserError(f"{self.name or 'the model'} draws pictures that are not finite (NaN) "
@@ -635,17 +622,12 @@ class Generator:
         finally:
             self.switch["on"] = before
 
-    def attention_layers(self):
-        """{name: nn.Linear} of the layers that the LoRA is added to."""
-        return {name: getattr(module, "base", module)
-                for name, module in self.unet.named_modules() if name.endswith(LORA_TARGETS)}
-
     def add_lora(self, rank, alpha):
         """A fresh LoRA, which changes nothing; returns the parameters that train."""
-        self.lora = {}
-        for name, base in self.attention_layers().items():
-            self.lora[name] = LoRA(base, rank, alpha, self.switch)
-            self.unet.set_submodule(name, self.lora[name])
+        for name, layer in list(self.unet.named_modules()):
+            if name.endswith(LORA_TARGETS):
+                self.lora[name] = LoRA(getattr(layer, "base", layer), rank, alpha, self.switch)
+                self.unet.set_submodule(name, self.lora[name])
         return self.parameters()
 
     def parameters(self):
@@ -662,20 +644,16 @@ class Generator:
         UserError: another program's file, or one of another base."""
         state, metadata = read_lora(path)
         rank = int(metadata["ss_network_dim"])
-        parameters = self.add_lora(rank, float(rank))
-        for p, key in zip(parameters, self.lora_keys()):
-            weight = state.pop(key, None)
-            if weight is None or weight.shape != p.shape:
+        self.add_lora(rank, float(rank))
+        keys = [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
+        parameters = dict(zip(keys, self.parameters()))
+        for key in state.keys() | parameters.keys():
+            weight, p = state.get(key), parameters.get(key)
+            if weight is None or p is None or weight.shape != p.shape:
                 raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}: "
                                 f"{key} does not fit")
             p.data.copy_(weight)
-        if state:
-            raise UserError(f"{path}: {len(state)} weights fit no layer, {min(state)} first")
         return metadata
-
-    def lora_keys(self):
-        """The names that diffusers gives to `parameters`, in their order."""
-        return [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
 
 
 def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Config.unet,
@@ -693,20 +671,6 @@ def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Conf
 # A field needs the candidates of its prompt alone: as many whole prompts as fit go through at once,
 # with a graph. A prompt that does not fit goes chunk by chunk without one, and (C) samples it once
 # more. The gradient is the same.
-
-PHASES = {}  # seconds of each phase of the update in hand
-
-
-@contextlib.contextmanager
-def phase(name):
-    """Times what happens inside; waits for the GPU, else the next phase would be billed for it."""
-    began = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    key = f"seconds_{name}"
-    PHASES[key] = PHASES.get(key, 0.0) + time.perf_counter() - began
-
 
 def seeded(seed, index):
     """Random numbers that depend on (seed, index) alone, drawn on the CPU: for every device."""
@@ -732,9 +696,8 @@ class Batch:
     pairs: list = None  # offline: for each prompt the maps (m, T, D) of its chosen and rejected
     watch: bool = False  # the watched rewards score it too
 
-    def part(self, first, count):
-        """The prompts first..first+count."""
-        i = slice(first, first + count)
+    def part(self, i):
+        """The prompts of a slice."""
         pairs = self.pairs[i] if self.pairs else None
         return Batch(self.prompts[i], rows(self.condition, i), self.noise[i], pairs, self.watch)
 
@@ -744,10 +707,8 @@ def generate(G, phi, batch, first, count):
     e = batch.noise.flatten(0, 1)[first:first + count]  # (B, 4, h, w)
     prompt = torch.arange(first, first + len(e), device=G.device) // batch.noise.shape[1]
     condition = rows(batch.condition, prompt)
-    with phase("sample"):
-        x = G.sample(e, condition)
-    with phase("features"):
-        return x, phi(x, condition)
+    x = G.sample(e, condition)
+    return x, phi(x, condition)
 
 
 def sample_candidates(G, phi, batch, at_once):
@@ -768,21 +729,21 @@ def sample_candidates(G, phi, batch, at_once):
 @torch.no_grad()
 def score_candidates(G, reward, batch, x):
     """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} to be logged beside them;
-    the reward sees whole prompts, each in one call. None, {}: offline pairs need no scores."""
+    the reward sees whole prompts. None, {}: offline pairs need no scores."""
     P, K = batch.noise.shape[:2]
     if batch.pairs:
         return None, {}
-    with phase("decode"):
-        pictures = G.decode(x)  # (P K, 3, H, W)
-    with phase("reward"):
-        prompts = [prompt for prompt in batch.prompts for _ in range(K)]
-        native = reward.score(pictures, prompts, watch=batch.watch)
-        native = {name: values.view(P, K) for name, values in native.items()}
-        parts = [name for name in native if not name.startswith("watch/")]
-        logged = {name: values for name, values in native.items() if name not in parts}
+    pictures = G.decode(x)  # (P K, 3, H, W)
+    prompts = [prompt for prompt in batch.prompts for _ in range(K)]
+    native = reward.score(pictures, prompts, watch=batch.watch)
+    native = {name: values.view(P, K) for name, values in native.items()}
+    scores = reward.combine(native)
+    parts = [name for name in native if not name.startswith("watch/")]
+    for name in parts:
+        values = native.pop(name)
         if len(parts) > 1:  # a lone part is the score itself
-            logged.update({f"part/{name}": native[name] for name in parts})
-        return reward.combine(native), logged
+            native[f"part/{name}"] = values
+    return scores, native
 
 
 @torch.no_grad()
@@ -806,24 +767,27 @@ def feature_gradients(z, r, best, worst, cfg):
     return gradients, figures
 
 
+def anchors_of(z, scores, m, native):
+    """Maps z (K, T, D) and scores (K,) of a prompt's candidates, native scores {name: (K,)} ->
+    lists of anchors (m, T, D), best and worst, and what is logged of the scores."""
+    positive, negative = best_and_worst(scores, m)
+    best = [h[positive.to(h.device)] for h in z]
+    worst = [h[negative.to(h.device)] for h in z]
+    known = scores[~scores.isnan()].tolist() or [math.nan]
+    figures = {"reward_mean": np.mean(known), "reward_std": np.std(known),
+               "reward_best": max(known), "reward_worst": min(known),
+               "gap": scores[positive].mean() - scores[negative].mean(),
+               "skipped": 1 - float(positive.any() and negative.any())}
+    figures.update({name: values.nanmean() for name, values in native.items()})
+    return best, worst, figures
+
+
 def latent_figures(x, x_ref):
     """Latents of a prompt's candidates, of the base's (K, 4, h, w) -> how far apart they lie."""
     x, x_ref = x.flatten(1), x_ref.flatten(1)
     return {"within": mean_distance(distances(x, x)),
             "within_ref": mean_distance(distances(x_ref, x_ref)),
             "distance": (x - x_ref).square().mean().sqrt()}
-
-
-def reward_figures(scores, positive, negative):
-    """Scores of a prompt (K,), the masks of its anchors -> what is logged of them."""
-    known = scores[~scores.isnan()]
-    opinion = len(known) > 0
-    return {"reward_mean": known.mean(),
-            "reward_std": (known - known.mean()).square().mean().sqrt(),
-            "reward_best": known.max() if opinion else math.nan,
-            "reward_worst": known.min() if opinion else math.nan,
-            "gap": scores[positive].mean() - scores[negative].mean(),
-            "skipped": 1 - float(positive.any() and negative.any())}
 
 
 def mean_figures(figures):
@@ -839,13 +803,11 @@ def mean_figures(figures):
 def carry_back(G, phi, batch, z, gradients, at_once):
     """(C) From the features through phi and G to the LoRA: adds to .grad, chunk by chunk."""
     if z[0].requires_grad:  # the graph of (A) is there
-        with phase("backward"):
-            torch.autograd.backward(z, gradients)
+        torch.autograd.backward(z, gradients)
         return
     for first in range(0, len(gradients[0]), at_once):
         z = generate(G, phi, batch, first, at_once)[1]
-        with phase("backward"):
-            torch.autograd.backward(z, [gradient[first:first + at_once] for gradient in gradients])
+        torch.autograd.backward(z, [gradient[first:first + at_once] for gradient in gradients])
 
 
 def drpo_gradient(G, phi, reward, batch, cfg, micro):
@@ -858,29 +820,22 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
     prompts_at_once = max(1, micro // K)
     figures = []
     for first in range(0, P, prompts_at_once):
-        part = batch.part(first, prompts_at_once)
+        part = batch.part(slice(first, first + prompts_at_once))
         with torch.set_grad_enabled(keep_graph):
             x, x_ref, z, r = sample_candidates(G, phi, part, at_once)
-        scores, logged = score_candidates(G, reward, part, x)
+        scores, native = score_candidates(G, reward, part, x)
         gradients = []
-        with phase("field"):
-            for p in range(len(part.prompts)):
-                i = slice(p * K, (p + 1) * K)
-                z_p = [h[i].detach() for h in z]  # (K, T, D) each
-                r_p = [h[i].detach() for h in r]
-                of_prompt = latent_figures(x[i], x_ref[i])
-                if part.pairs:
-                    best, worst = part.pairs[p]  # (m, T, D) each
-                else:
-                    positive, negative = best_and_worst(scores[p], cfg.anchors)
-                    best = [h[positive.to(h.device)] for h in z_p]
-                    worst = [h[negative.to(h.device)] for h in z_p]
-                    of_prompt.update(reward_figures(scores[p], positive, negative))
-                    for name, values in logged.items():
-                        of_prompt[name] = values[p].nanmean()
-                of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
-                gradients.append(of_maps)
-                figures.append({**of_prompt, **of_fields})
+        for p in range(len(part.prompts)):
+            i = slice(p * K, (p + 1) * K)
+            z_p = [h[i].detach() for h in z]  # (K, T, D) each
+            r_p = [h[i].detach() for h in r]
+            if part.pairs:
+                best, worst, of_scores = *part.pairs[p], {}
+            else:
+                best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(native, p))
+            of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
+            gradients.append(of_maps)
+            figures.append({**latent_figures(x[i], x_ref[i]), **of_scores, **of_fields})
         gradients = [G.scaler.scale(torch.cat(maps) / P) for maps in zip(*gradients)]
         carry_back(G, phi, part, z, gradients, micro)
     return mean_figures(figures)
@@ -913,7 +868,6 @@ def gradient_that_fits(G, phi, reward, batch, cfg, micro):
         print(f"out of GPU memory: going on with --micro-batch {micro}", file=sys.stderr)
         for p in G.parameters():
             p.grad = None
-        PHASES.clear()
         torch.cuda.empty_cache()
 
 
@@ -927,7 +881,6 @@ def fitting_micro_batch(G, phi, batch):
     of_one = torch.cuda.memory_allocated() - before + 1
     del graph
     torch.cuda.empty_cache()
-    PHASES.clear()
     micro = int(0.8 * torch.cuda.mem_get_info()[0] / of_one)
     return max(1, min(P * K, micro))
 
@@ -946,9 +899,8 @@ def train(cfg, reward=None, stop=None):
                        timestep=cfg.timestep, prediction=cfg.prediction)
     phi = load_features(cfg.features, G)
     torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
-    parameters = G.add_lora(cfg.lora_rank, cfg.lora_alpha)
-    optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=G.device.type == "cuda")
+    optimizer = torch.optim.AdamW(G.add_lora(cfg.lora_rank, cfg.lora_alpha), cfg.lr,
+                                  weight_decay=cfg.weight_decay, fused=G.device.type == "cuda")
     micro = cfg.micro_batch
     if not micro:
         micro = fitting_micro_batch(G, phi, next_batch(G, phi, cfg, 0, prompts, pairs))
@@ -958,44 +910,39 @@ def train(cfg, reward=None, stop=None):
     run = Run(cfg, G, optimizer, prompts, process == 0)
     failures = 0  # in a row
 
-    with stop or Stop() as stop, kept(run):
-        run.begin(reward)
+    with stop or Stop() as stop, run.opened(reward):
         while run.step < cfg.steps and not stop.signal:
             began = time.perf_counter()
-            PHASES.clear()
             position = run.position + process * cfg.batch
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = run.step % cfg.watch_every == 0 or run.step == cfg.steps - 1
             metrics, micro = gradient_that_fits(G, phi, reward, batch, cfg, micro)
-            with phase("optimizer"):
-                norm = optimizer_step(G, optimizer, cfg, stop, world)
-            finite = math.isfinite(norm)
+            norm = optimizer_step(G, optimizer, cfg, stop, world)
             run.step += 1
             run.position += cfg.batch * world
-            run.log({"step": run.step, "seconds": time.perf_counter() - began, **metrics,
-                     "grad_norm": norm, "lr": cfg.lr, "applied": finite, "micro_batch": micro,
-                     **PHASES})
-            if run.step == cfg.steps or stop.signal or run.step % cfg.save_every == 0:
-                run.save()
-            run.preview()
+            finite = math.isfinite(norm)
+            run.record({"step": run.step, "seconds": time.perf_counter() - began, **metrics,
+                        "grad_norm": norm, "lr": cfg.lr, "applied": finite, "micro_batch": micro},
+                       last=run.step == cfg.steps or stop.signal)
             failures = 0 if finite or G.scaler.get_scale() > 1 else failures + 1
             if failures == 3:
                 raise UserError("the gradient was not finite three times in a row (none was "
                                 "applied); try a lower --lr, or --dtype bf16")
-        run.end()
     return run.path
 
 
 def of_type(f, value):
     """A setting's value, also of numpy, Path or JSON, in the type that `Config` names."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         typed = tuple(map(float, value)) if f.type is tuple else f.type(value)
         if f.type in (str, tuple) or typed == value:
             return typed
-    except (TypeError, ValueError, OverflowError):
-        pass
-    name = f.name.replace("_", "-")
-    raise UserError(f"--{name} is {value!r}; expected a value of type {f.type.__name__}")
+    raise UserError(f"{flag(f.name)} is {value!r}; expected a value of type {f.type.__name__}")
+
+
+def flag(name):
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def resolved(cfg):
@@ -1015,22 +962,22 @@ def resolved(cfg):
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
     pick("dtype", cfg.dtype, ("auto", *DTYPES))
-    rules = [
-        ("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
-         f"at most half of --candidates {cfg.candidates}: best and worst would overlap"),
-        ("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
-         "positive numbers, as 0.2,0.5,1"),
-        ("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume"),
-        ("out", cfg.resume or not os.path.exists(cfg.out) or is_empty(cfg.out),
-         f"a new or empty folder (to go on with a run: --resume {cfg.out})")]
+
+    def expect(name, holds, expected):
+        if not holds:
+            raise UserError(f"{flag(name)} is {values[name]}; expected {expected}")
+
     for f in dataclasses.fields(cfg):
         least = f.metadata["least"]
-        fits = least is None or least <= values[f.name] < 2 ** 63
-        rules.append((f.name, fits, f"a number, at least {least}"))
-    for name, holds, expected in rules:
-        if not holds:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {values[name]}; expected {expected}")
+        if least is not None:
+            expect(f.name, least <= values[f.name] < 2 ** 63, f"a number, at least {least}")
+    expect("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
+           f"at most half of --candidates {cfg.candidates}: best and worst would overlap")
+    expect("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
+           "positive numbers, as 0.2,0.5,1")
+    expect("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")
+    expect("out", cfg.resume or not os.path.exists(cfg.out) or is_empty(cfg.out),
+           f"a new or empty folder (to go on with a run: --resume {cfg.out})")
     return cfg
 
 
@@ -1120,12 +1067,11 @@ class Stop:
         self.signal, self.before, self.pid = 0, {}, os.getpid()
 
     def __enter__(self):
-        hangup = getattr(signal, "SIGHUP", None)  # not on Windows; ignored under nohup
-        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - {None}
-        if hangup and signal.getsignal(hangup) is signal.SIG_IGN:
-            numbers.remove(hangup)
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.handle) for number in numbers}
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 0)} - {0}:
+                self.before[number] = signal.signal(number, self.handle)
+        if self.before.get(getattr(signal, "SIGHUP", 0)) is signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_):
@@ -1146,139 +1092,122 @@ class Stop:
 
 
 class Run:
-    """A run's folder and how far it came. Only what the run wrote is ever removed or replaced.
+    """A run's folder and how far it came. Nothing is removed or replaced that the run did not
+    write, and nothing is written before the first update is made.
 
     path: the folder, None in torchrun's other processes; step, position: updates and prompts so
-    far; metrics: the figures of every step, a dict each."""
+    far; first: the step where this process began; metrics: the figures of every step."""
 
     def __init__(self, cfg, G, optimizer, prompts, writes):
-        """Claims a new folder, or goes on in that of --resume; nobody else has it meanwhile."""
         self.cfg, self.G, self.optimizer, self.prompts = cfg, G, optimizer, prompts
         self.writes, self.made, self.lock = writes, False, None
-        self.step = self.position = 0
-        self.metrics = []
         self.path = Path(cfg.resume) if cfg.resume else None
-        try:
-            if writes:
-                self.claim()
-            if cfg.resume:
-                self.load()
-        except UserError:
-            self.release()
-            raise
-        except OSError as e:
-            raise UserError(f"--out {self.path}: {e.strerror}; name another folder") from e
-        if not writes:
-            self.path = None
-        self.first = self.step
+        self.step = self.position = self.first = 0
+        self.metrics = []
 
-    def claim(self):
-        """Makes --out, or the next default name that is free, and locks the folder for this process
-        as long as it lives."""
-        cfg = self.cfg
-        what = "pairs" if cfg.pairs else Path(cfg.reward.partition(":")[0]).stem
-        name = f"{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
-        default = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
-        for n in itertools.count(1):
-            if cfg.resume or self.made:
-                break
-            self.path = Path(cfg.out or (default if n == 1 else f"{default}-{n}"))
-            try:
-                self.path.mkdir(parents=True)
-                self.made = True
-            except FileExistsError:  # another process was faster, or an empty --out
-                if cfg.out:
-                    break
-        self.lock = os.open(self.path, os.O_RDONLY)
+    @contextlib.contextmanager
+    def opened(self, reward):
+        """The folder is this run's alone. However it ends, what it reached is kept, and an error
+        says at which step."""
         try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another run: wait or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-        if not cfg.resume and not is_empty(self.path):
-            raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
-
-    def release(self):
-        """Lets others have the folder."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+            self.begin(reward)
+            yield
+            if self.writes:
+                self.end()
+        except BaseException as e:
+            whole = not isinstance(e, KeyboardInterrupt)  # that may come in the middle of a step
+            if self.writes and whole and self.step > self.first:
+                self.save()
+            if self.made and self.step == 0:
+                with contextlib.suppress(OSError):  # a reward has put something there
+                    self.path.rmdir()
+            if isinstance(e, OSError):
+                e = UserError(f"{e.filename}: {e.strerror}")
+            if isinstance(e, UserError) and self.step:
+                e = UserError(f"step {self.step + 1}: {e} (go on with --resume {self.path})")
+            raise e
+        finally:
+            if self.lock is not None:
+                os.close(self.lock)
 
     def begin(self, reward):
-        """config.json, and what is about to be done; tells the rewards that ask for it
+        """Folder and checkpoint; says what is about to be done; tells the rewards that ask for it
         (`run_folder`) where they may keep things."""
         cfg, G = self.cfg, self.G
+        if self.writes:
+            self.claim()
+        if cfg.resume:
+            self.load()
+        if not self.writes:
+            self.path = None
+            return
         for part in reward.parts.values() if reward else ():
             if hasattr(part, "run_folder"):
                 part.run_folder = self.path
-        if not self.writes:
-            return
-        settings = dataclasses.asdict(cfg)
-        saved = read_config(self.path) if cfg.resume else settings
-        for f in dataclasses.fields(cfg):
-            before = of_type(f, saved.get(f.name, f.default))
-            if settings[f.name] != before and f.name not in ("resume", "out"):
-                print(f"--{f.name.replace('_', '-')} is {settings[f.name]} from here on; it was "
-                      f"{before}", file=sys.stderr)
-        versions = {"torch": torch.__version__, "diffusers": sys.modules["diffusers"].__version__}
-        self.write("config.json", json.dumps({**settings, "versions": versions}, indent=1))
-        print("  ".join(f"{name}={value}" for name, value in settings.items() if value != ""))
+        settings = dataclasses.asdict(cfg).items()
+        print("  ".join(f"{name}={value}" for name, value in settings if value != ""))
         weights = sum(p.numel() for p in G.parameters())
         print(f"{cfg.batch} prompts x {cfg.candidates} candidates = {cfg.batch * cfg.candidates} "
               f"pictures an update on each GPU; {len(self.prompts):,} prompts; "
               f"{weights:,} trainable weights; {G.dtype} on {G.device}", flush=True)
-        most = G.pipe.tokenizer.model_max_length
-        long = sum(len(ids) > most for ids in G.pipe.tokenizer(self.prompts).input_ids)
-        if long:
-            print(f"{long} prompts are longer than {most} tokens: their end is not seen",
-                  file=sys.stderr)
-        if not cfg.resume:
-            self.preview()
 
-    def write(self, name, text):
-        """A file of the run's folder."""
-        rewards.write_atomic(self.path / name, text.encode())
+    def claim(self):
+        """Makes --out, or the next default name that is free, and locks the folder for this process
+        as long as it lives."""
+        given = self.cfg.resume or self.cfg.out
+        what = "pairs" if self.cfg.pairs else Path(self.cfg.reward.partition(":")[0]).stem
+        name = f"{Path(self.cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+        default = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
+        for n in itertools.count(1):
+            self.path = Path(given or (default if n == 1 else f"{default}-{n}"))
+            self.made = not self.path.exists()
+            if self.made or given:
+                break
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            self.lock = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path} is in use by another run: wait or stop it") from None
+            except OSError:  # a file system without locks
+                pass
+        if not self.cfg.resume and not is_empty(self.path):
+            raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
 
-    def log(self, metrics):
-        """Appends a step's figures to metrics.jsonl (what is not finite is null); prints some."""
+    def record(self, metrics, last):
+        """After a step: its figures, and where it is due a checkpoint and a preview."""
         if not self.writes:
             return
+        cfg = self.cfg
+        if self.step == self.first + 1:
+            versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers")}
+            settings = json.dumps({**dataclasses.asdict(cfg), "versions": versions}, indent=1)
+            rewards.write_atomic(self.path / "config.json", settings)
         if torch.cuda.is_initialized():
             metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)  # NaN: null
         self.metrics.append(metrics)
-        try:
-            with open(self.path / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(metrics) + "\n")
-        except OSError as e:
-            raise UserError(f"metrics.jsonl: {e.strerror}; the last checkpoint is intact") from e
-        if self.step % self.cfg.log_every == 0 or self.step in (self.first + 1, self.cfg.steps):
-            line = figures_line(metrics, self.cfg.steps)
-            recent = [m["seconds"] for m in self.metrics[self.first:][1:][-10:]]
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(metrics) + "\n")
+        if last or self.step % cfg.log_every == 0 or self.step == self.first + 1:
+            line = figures_line(metrics, cfg.steps)
+            recent = [m["seconds"] for m in self.metrics[self.first + 1:][-10:]]
             if recent:  # the first step of a process warms up, or compiles: it tells nothing
-                left = int(sum(recent) / len(recent) * (self.cfg.steps - self.step))
+                left = int(sum(recent) / len(recent) * (cfg.steps - self.step))
                 line += f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
             print(line, flush=True)
-        for steps, name, silent, text in (
-            (3, "reward_mean", None, "had no opinion (NaN) on any picture"),
-            (20, "reward_std", 0, "scored all candidates the same"),
-        ):
-            last = [m.get(name, "none") == silent for m in self.metrics[-steps - 1:]]
-            if last[-steps:] == [True] * steps and last != [True] * (steps + 1):
-                print(f"the reward {text} for {steps} steps", file=sys.stderr)
+        if last or self.step % cfg.save_every == 0:
+            self.save()
+        every = cfg.preview_every
+        if every and (self.step % every == 0 or self.step in (1, cfg.steps)):
+            self.preview()
 
     @torch.no_grad()
     def preview(self):
         """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
-        every = self.cfg.preview_every
-        due = every and (self.step % every == 0 or self.step == self.cfg.steps)
-        if not (self.writes and due):
-            return
         from diffusers.utils import make_image_grid
-        G = self.G
-        n = min(8, len(self.prompts))
+        G, n = self.G, min(8, len(self.prompts))
         base, tuned = [], []
         for i in range(n):  # one at a time: it never needs more memory than the run
             condition = G.encode([self.prompts[i * len(self.prompts) // n]])
@@ -1292,23 +1221,20 @@ class Run:
 
     def save(self):
         """checkpoint.pt, all that --resume needs, and the LoRA in the formats of others."""
-        if not self.writes:
-            return
-        G, cfg = self.G, self.cfg
+        cfg = self.cfg
         kind, words, *rest = np.random.get_state()
         state = {"at": {"step": self.step, "position": self.position},
-                 "weights": [p.detach().cpu() for p in G.parameters()],
-                 "optimizer": self.optimizer.state_dict(), "scaler": G.scaler.state_dict(),
+                 "weights": [p.detach().cpu() for p in self.G.parameters()],
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.G.scaler.state_dict(),
                  "random": {"torch": torch.get_rng_state(), "python": random.getstate(),
                             "numpy": (kind, words.tolist(), *rest)}}
         rewards.write_atomic(self.path / "checkpoint.pt", lambda f: torch.save(state, f))
-        G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep), prediction=cfg.prediction)
+        self.G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep),
+                         prediction=cfg.prediction)
 
     def load(self):
         """Puts the checkpoint of --resume in place, and takes later steps off the log."""
         with rewards.reading(self.path / "checkpoint.pt", "there is nothing to go on from"):
-            if zipfile.ZipFile(self.path / "checkpoint.pt").testzip():  # torch looks at no CRC
-                raise ValueError("its CRC differs")
             state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
         parameters = self.G.parameters()
         if [p.shape for p in parameters] != [w.shape for w in state["weights"]]:
@@ -1322,44 +1248,21 @@ class Run:
         random.setstate(state["random"]["python"])
         np.random.set_state(state["random"]["numpy"])
         self.step, self.position = state["at"]["step"], state["at"]["position"]
-        self.metrics = read_metrics(self.path, self.step)
+        self.first = self.step
+        self.metrics = read_metrics(self.path)[:self.step]
         if self.writes:
-            self.write("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+            lines = [json.dumps(metrics) + "\n" for metrics in self.metrics]
+            rewards.write_atomic(self.path / "metrics.jsonl", "".join(lines))
 
     def end(self):
-        """The last words; README.md, the model card, if all steps are made."""
-        if self.writes and self.step < self.cfg.steps:
+        """The last words, and README.md, the model card."""
+        if self.step < self.cfg.steps:
             print(f"stopped; go on with: python drpo.py --resume {self.path}", file=sys.stderr)
-        elif self.writes:
-            self.write("README.md", model_card(self.cfg, self.metrics[-1] if self.metrics else {}))
-            samples = f"look at {self.path}/samples; " if self.cfg.preview_every else ""
-            print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
-
-    def undo(self):
-        """A run that made no step leaves nothing that would block the mended command."""
-        for name in ("config.json", "samples/step-000000.png"):
-            (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / "samples", self.path)[:2 if self.made else 1]:
-            with contextlib.suppress(OSError):  # what others put there stays
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def kept(run):
-    """However the run ends, what it reached is kept, and a UserError says at which step."""
-    try:
-        yield
-    except BaseException as e:
-        if run.step > run.first and not isinstance(e, KeyboardInterrupt):  # that may be mid-step
-            run.save()
-        if run.writes and run.step == 0:
-            run.undo()
-        if isinstance(e, UserError):
-            go_on = f" (go on with --resume {run.path})" if run.step else ""
-            raise UserError(f"step {run.step + 1}: {e}{go_on}") from e
-        raise
-    finally:
-        run.release()
+            return
+        if self.metrics:
+            rewards.write_atomic(self.path / "README.md", model_card(self.cfg, self.metrics[-1]))
+        samples = f"look at {self.path}/samples; " if self.cfg.preview_every else ""
+        print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
 
 
 FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
@@ -1370,11 +1273,9 @@ FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
 
 def figures_line(metrics, steps):
     """One readable line of a step's figures."""
+    watched = {name: name[6:] + " {:.4g}" for name in metrics if name.startswith("watch/")}
     parts = [f"step {metrics['step']}/{steps}"]
-    for name, value in metrics.items():
-        if name.startswith("watch/") and value is not None:
-            parts.append(f"{name[6:]} {value:.4g}")
-    for name, text in FIGURES.items():
+    for name, text in {**watched, **FIGURES}.items():
         if metrics.get(name) is not None:
             parts.append(text.format(metrics[name]))
     if metrics.get("skipped"):
@@ -1386,28 +1287,28 @@ def figures_line(metrics, steps):
 
 def model_card(cfg, metrics):
     """README.md of a run as the hub reads it: base, licence, figures, how to load it, settings."""
-    base = Path(cfg.model).name if os.path.isabs(cfg.model) else MODELS.get(cfg.model, cfg.model)
-    head = ["---", "license: other", "library_name: diffusers", "tags: [lora, text-to-image]"]
-    if "/" in base and not os.path.isabs(base):
-        head.append(f"base_model: {base}")
-    if cfg.preview_every and metrics:
-        head += ["widget:", '- text: "above the base, below the LoRA"', "  output:",
-                 f"    url: samples/step-{metrics['step']:06d}.png"]
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items()
-                if not os.path.isabs(str(value).partition("@")[-1] or str(value))}
-    figures = figures_line(metrics, cfg.steps) if metrics else ""
+    base = MODELS.get(cfg.model, cfg.model)
+    base = Path(base).name if os.path.isabs(base) else base
+    known = f"base_model: {base}\n" if "/" in base else ""
     t = f", timesteps=[{cfg.timestep}]" if cfg.timestep >= 0 else ""
-    unet = f" with the UNet {cfg.unet}" if cfg.unet else ""
-    return "\n".join(head) + f"""
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items()
+                if not re.search("(^|@)/", str(value))}  # nobody's folders are published
+    return f"""---
+license: other
+library_name: diffusers
+tags: [lora, text-to-image]
+{known}widget:
+- text: "above the base, below the LoRA"
+  output: {{url: samples/step-{metrics["step"]:06d}.png}}
 ---
-A LoRA for {Path(base).name}{unet}, whose licence holds for it, tuned by Drifting Preference
-Optimization (arXiv 2606.02521). {figures}
+A LoRA for {base}, whose licence holds for it, tuned by Drifting Preference Optimization
+(arXiv 2606.02521). {figures_line(metrics, cfg.steps)}
 
     pipe.load_lora_weights("THIS_REPO")
     pipe(prompt, num_inference_steps=1, guidance_scale=0{t}).images[0]
 
 Settings: `{json.dumps(settings)}`
-""".replace(str(Path.home()), "~")
+"""
 
 
 def read_config(folder):
@@ -1416,16 +1317,14 @@ def read_config(folder):
         return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
-def read_metrics(folder, last=math.inf):
-    """metrics.jsonl up to a step; a torn line is left out, of two of a step the later stays."""
+def read_metrics(folder):
+    """metrics.jsonl of a run -> a dict of figures a step; a torn last line is left out."""
     path = Path(folder) / "metrics.jsonl"
-    found = {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            metrics = json.loads(line)
-            if 0 < metrics["step"] <= last:
-                found[metrics["step"]] = metrics
-    return [found[step] for step in sorted(found)]
+    metrics = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            metrics.append(json.loads(line))
+    return metrics
 
 
 def parse(argv):
@@ -1446,14 +1345,12 @@ def parse(argv):
         kind = {"type": numbers if f.type is tuple else f.type}
         if f.type is bool:
             kind = {"action": "store_true"}
-        name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         return Config.preset(given.pop("model", Config.model), **given)
     saved = read_config(rewards.absolute(given["resume"]))
-    own = {f.name: of_type(f, saved[f.name]) for f in dataclasses.fields(Config)
-           if f.name in saved and f.name not in given}
+    own = {f.name: of_type(f, saved[f.name]) for f in dataclasses.fields(Config) if f.name in saved}
     return Config(**{**own, "out": "", **given})
 
 
@@ -1471,7 +1368,8 @@ def main(argv=None):
 # ===== 6. Files of models: read whole, under the names that others gave them, or refused.
 
 WAYS_ON = "ways on: --model toy, or the path of a diffusers folder in SD or SDXL layout"
-KINDS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "CLIPTextModelWithProjection"}
 IMPLEMENTED = {  # what entries of the networks' configs may be: others would change the result
     "vae": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0),
             "latent_channels": (4,)},
@@ -1495,8 +1393,9 @@ def model_index(name):
         index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
         if re.search("instaflow|rectified", f"{path} {index.get('_class_name')}", re.I):
             raise ValueError("a rectified flow, which is not implemented")
-        for part, kind in KINDS.items():
-            if (index.get(part) or ["", ""])[1] != kind:
+        for part, kind in NETWORKS.items():
+            found = (index.get(part) or ["", ""])[1]
+            if found != kind and (found or part != "text_encoder_2"):
                 raise ValueError(f"its {part} is no {kind}; expected an SD or SDXL layout")
         return index
 
@@ -1514,20 +1413,19 @@ def load_pipeline(name, dtype, unet):
     import diffusers
     import transformers
     rewards.quiet_libraries()
-    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-               "text_encoder": transformers.CLIPTextModel}
-    kind = diffusers.StableDiffusionPipeline
-    rest = dict(safety_checker=None, requires_safety_checker=False)
+    kind, rest = diffusers.StableDiffusionPipeline, {"safety_checker": None}
     if is_xl(index):
-        classes["text_encoder_2"] = transformers.CLIPTextModelWithProjection
         kind, rest = diffusers.StableDiffusionXLPipeline, {}
-    others = ("tokenizer", "tokenizer_2", "scheduler")
+    networks = [part for part in NETWORKS if part in index]
     with rewards.reading(path, WAYS_ON):
         folder = path
         if not Path(path).is_dir():
-            folder = rewards.hub_folder(path, ("", *classes, *others), ["unet"] if unet else [])
+            folders = ("", *networks, "tokenizer", "tokenizer_2", "scheduler")
+            folder = rewards.hub_folder(path, folders, ["unet"] if unet else [])
         parts = {}
-        for part, cls in classes.items():
+        for part in networks:
+            library = transformers if part.startswith("text") else diffusers
+            cls = getattr(library, NETWORKS[part])
             config = cls.load_config(folder, subfolder=part) if part in IMPLEMENTED else {}
             for entry, known in IMPLEMENTED.get(part, {}).items():
                 if config.get(entry, known[0]) not in known:
@@ -1585,12 +1483,12 @@ def kohya_name(name, xl):
     input block for conv_in, then two with attention and a downsampler each, upward three each."""
     flat = name.replace(".", "_")
     match = re.match(r"(down|mid|up)_blocks?_(?:(\d)_)?attentions_(\d)", flat)
-    if not xl or not match:  # SD keeps diffusers' names
-        return "lora_unet_" + flat
-    block, attention = int(match[2] or 0), int(match[3])
-    place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
-             "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
-    return "lora_unet_" + place + flat[match.end():]
+    if xl and match:  # SD keeps diffusers' names
+        block, attention = int(match[2] or 0), int(match[3])
+        place = {"down": f"input_blocks_{1 + 3 * block + attention}_1", "mid": "middle_block_1",
+                 "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
+        flat = place + flat[match.end():]
+    return "lora_unet_" + flat
 
 
 def write_lora(G, folder, metadata):
@@ -1643,8 +1541,7 @@ compiled = functools.cache(functools.partial(torch.compile, **COMPILE))  # a fun
 def compile_networks(G):
     """--compile: the UNet, the decoder, and from here on the features that ask for it."""
     print("compiling in the first steps, which takes minutes (four on an H100)", file=sys.stderr)
-    for name in ("torch._dynamo", "torch._inductor", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    torch._logging.set_logs(all=logging.ERROR)
     warnings.filterwarnings("ignore", module="torch._(dynamo|inductor)")
     torch._dynamo.config.suppress_errors = True  # what fails goes on eagerly
     G.compiled = True

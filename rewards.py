@@ -450,8 +450,9 @@ def reading(source, hint):
 def write_atomic(path, data):
     """Bytes beside `path`, then renamed: nobody reads half a file, a full disk spoils nothing.
 
-    data: bytes, or a function that writes into the file it is given. UserError: not written."""
+    data: bytes, text, or a function that writes into the file it is given. UserError."""
     path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:

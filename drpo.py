@@ -340,9 +340,9 @@ def regression_loss(z, z_star, weight):
 def mean_std(h, patch=None):
     """Mean and std, sqrt(var + 1e-6), over patches of h (B, C, H, W) or all: 2 x (B, T, C)."""
     height, width = (patch, patch) if patch else h.shape[-2:]
-    h = F.unfold(h.float(), (height, width), stride=(height, width))  # (B, C height width, T)
-    h = h.mT.unflatten(2, (-1, height * width))  # (B, T, C, height width)
-    return h.mean(-1), (h.var(-1, correction=0) + 1e-6).sqrt()
+    h = h.float().unfold(2, height, height).unfold(3, width, width)  # (B, C, rows, columns, patch)
+    mean, var = h.mean((4, 5)), h.var((4, 5), correction=0)
+    return mean.flatten(2).mT, (var + 1e-6).sqrt().flatten(2).mT
 
 
 def vae_features(G, path=None):

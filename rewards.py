@@ -148,9 +148,7 @@ def parse(spec):
         try:
             weights[name] = float(weight)
         except ValueError:
-            raise UserError(
-                f"reward {spec!r}: the weight {weight!r} of {name!r} is not a number"
-            ) from None
+            weights[name] = 0
         if not math.isfinite(weights[name]) or weights[name] == 0:
             raise UserError(f"reward {spec!r}: the weight {weight!r} of {name!r} says nothing; "
                             "expected a finite number, not 0 (to log a reward only: --watch)")
@@ -213,27 +211,20 @@ def user_reward(name, source, attribute):
     """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
     try:
         with world_kept():
-            module = import_file(source) if source.endswith(".py") else import_module(source)
-            reward = getattr(module, attribute)
+            if not source.endswith(".py") and os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
+            load_module = import_file if source.endswith(".py") else importlib.import_module
+            reward = getattr(load_module(source), attribute)
             reward = reward() if inspect.isclass(reward) else reward
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
-    try:
-        inspect.signature(reward).bind("images", "prompts")
-    except TypeError as error:
-        raise UserError(
-            f"reward {name!r}: it must be callable as f(images, prompts); {error}"
-        ) from error
-    except ValueError:  # a compiled function that tells no signature
-        pass
+    with contextlib.suppress(ValueError):  # a compiled function that tells no signature
+        try:
+            inspect.signature(reward).bind("images", "prompts")
+        except TypeError as error:
+            raise UserError(f"reward {name!r}: it must be callable as f(images, prompts); "
+                            f"{error}") from error
     return reward
-
-
-def import_module(name):
-    """A module on the path or in this folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
 
 
 LOADED = {}  # path of a reward's file: (its digest, its module)
@@ -323,9 +314,7 @@ class Reward:
         prompts: B strings -> {part: float64 CPU tensor (B,)}, native scales; with watch also
         {"watch/NAME": (B,)}. UserError: a part raised, or did not give B real numbers."""
         if len(images) != len(prompts):
-            raise UserError(
-                f"reward {self.name!r}: {len(images)} images but {len(prompts)} prompts"
-            )
+            raise UserError(f"reward {self.name!r}: {len(images)} images, {len(prompts)} prompts")
         tensor = isinstance(images, torch.Tensor)
         if tensor and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
             raise UserError(f"reward {self.name!r}: a tensor of pictures is float (B,3,H,W) in "
@@ -364,8 +353,7 @@ class Reward:
 
 
 def whole_prompts(prompts, size=None):
-    """Slices of at most `size` pictures that cut between prompts; a larger prompt is cut as
-    well."""
+    """Slices of at most `size` pictures that cut between prompts; a larger prompt is cut too."""
     slices = []
     first = 0
     size = size or max(len(prompts), 1)
@@ -380,8 +368,7 @@ def whole_prompts(prompts, size=None):
 
 
 def z_score(values):
-    """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all are
-    equal."""
+    """(..., K) -> (values - mean) / std over the last dimension, 0 at NaN and where all agree."""
     values, known = values.double(), ~values.isnan()
     count = known.sum(-1, keepdim=True).clamp(min=1)
     offset = torch.where(known, values - values.nansum(-1, keepdim=True) / count, 0)
@@ -402,11 +389,7 @@ def checked(name, call, images, prompts):
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
     try:
-        if isinstance(values, torch.Tensor):
-            values = (
-                values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.tolist()
-            )
-        if isinstance(values, np.ndarray):
+        if isinstance(values, (torch.Tensor, np.ndarray)):
             values = values.tolist()
         if not isinstance(values, (list, tuple)) or len(values) != len(images):
             count = f"{len(values)} scores" if isinstance(values, (list, tuple)) else ""
@@ -440,10 +423,9 @@ def reading(source, hint):
     except Exception as e:  # torn and foreign files fail in many ways
         text = f"{type(e).__name__} {e} {e.__cause__}"
         if re.search(r"\b40[13]\b|Gated|RepositoryNotFound", text):
-            raise UserError(
-                f"{source} is gated or private, or does not exist (HTTP 401, 403 or 404): "
-                "accept its terms at https://huggingface.co, then: hf auth login"
-            ) from e
+            raise UserError(f"{source} is gated or private, or does not exist (HTTP 401, 403 or "
+                            "404): accept its terms at https://huggingface.co, then: hf auth login"
+                            ) from e
         raise UserError(f"{source} could not be read ({one_line(e)}); {hint}") from e
 
 
@@ -463,9 +445,8 @@ def write_atomic(path, data):
     except (OSError, RuntimeError) as e:  # torch.save makes the first the second
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise UserError(
-            f"{path} could not be written ({one_line(e)}); what was there is intact"
-        ) from e
+        raise UserError(f"{path} could not be written ({one_line(e)}); what was there is intact"
+                        ) from e
 
 
 def fetch(url, sha256):
@@ -480,10 +461,8 @@ def fetch(url, sha256):
             print(f"fetched {path}", file=sys.stderr)
         right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"{url} could not be fetched ({one_line(e)}); put the file at {path} and start "
-            "again (DRPO_CACHE names another folder)"
-        ) from e
+        raise UserError(f"{url} could not be fetched ({one_line(e)}); put the file at {path} and "
+                        "start again (DRPO_CACHE names another folder)") from e
     if not right:
         raise UserError(f"{path}: its sha256 differs from {sha256}; delete it, and start again")
     return path
@@ -584,8 +563,7 @@ def fetching(name, files, repo, path):
 
 
 def repo_file(repo, filename, path):
-    """A file of a hub repository: `path` if it is a file, the file in that folder, or a
-    download."""
+    """A file of a hub repository: `path` itself, the file in that folder, or a download."""
     if path:
         return Path(path) / filename if Path(path).is_dir() else Path(path)
     return hub_file(repo, filename)
@@ -777,9 +755,7 @@ def pad_resize(image, size):
     """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic,
     antialiased, not clamped."""
     x = as_tensor(image)[None] if isinstance(image, Image.Image) else image.float().clamp(0, 1)
-    scale = size / max(
-        x.shape[-2:]
-    )  # the product v * (size / longest) rounds otherwise for 85 x 320
+    scale = size / max(x.shape[-2:])  # v * (size / longest) rounds otherwise for 85 x 320
     shape = [round(v * scale) for v in x.shape[-2:]]
     return F.interpolate(x, shape, mode="bicubic", antialias=True)
 
@@ -831,9 +807,8 @@ class Clip:
         for i in range(0, len(new), 256):
             # padding comes after the token that is pooled, and attention looks back only: no mask
             # is needed. One, or a copy that blocks, would make the host wait for the GPU
-            tokens = self.tokenize(new[i : i + 256])["input_ids"].to(
-                self.model.device, non_blocking=True
-            )
+            tokens = self.tokenize(new[i:i + 256])["input_ids"]
+            tokens = tokens.to(self.model.device, non_blocking=True)
             pooled = self.model.text_model(input_ids=tokens).pooler_output
             embeds = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
             self.known.update(zip(new[i:i + 256], embeds))
@@ -903,14 +878,12 @@ def aesthetic(device="cpu", path=None):
     path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth)
              and a copy of CLIP
     """
+    names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
     file, folder = path, None
     if path and Path(path).is_dir():
-        names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
         there = [Path(path) / name for name in names if (Path(path) / name).exists()]
         file, folder = there[0] if there else Path(path) / names[0], path
-    with fetching(
-        "aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "trl-lib/ddpo-aesthetic-predictor", path
-    ):
+    with fetching("aesthetic", names[0], "trl-lib/ddpo-aesthetic-predictor", path):
         head = linear_head(read_weights(file or fetch(*AESTHETIC)), "", device)
     model = clip_at("aesthetic", CLIP_L, device, folder, "round")
     return takes_tensors(lambda images, prompts: head(model.image(images)), 256)
@@ -1080,11 +1053,10 @@ def hpsv3(device="cpu", path=None):
         options = {"checkpoint_path": str(path)} if path else {}
         model = HPSv3RewardInferencer(device=str(device), **options)
     except Exception as error:
-        raise UserError(
-            f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
-            "environment of its own: pip install hpsv3 matplotlib tensorboard rich tyro, "
-            "python rewards.py serve hpsv3; then here http://HOST:8000"
-        ) from error
+        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
+                        "environment of its own: pip install hpsv3 matplotlib tensorboard rich "
+                        "tyro, python rewards.py serve hpsv3; then here http://HOST:8000"
+                        ) from error
 
     @torch.no_grad()  # else each call would keep a graph of 7 billion parameters
     def score(images, prompts):
@@ -1131,9 +1103,7 @@ def seconds(variable, default):
     except ValueError:
         value = 0
     if not 0 < value < 1e9:
-        raise UserError(
-            f"{variable}={os.environ[variable]!r}: expected a number of seconds above 0"
-        )
+        raise UserError(f"{variable}={os.environ[variable]!r}: expected seconds, above 0")
     return value
 
 
@@ -1175,9 +1145,8 @@ def post_json(url, payload, token, who):
             text = refusal.read().decode(errors="replace")
             if 300 <= refusal.code < 400:
                 where = refusal.headers.get("Location")
-                raise Refused(
-                    who, refusal.code, f"a redirect to {where}: give that address"
-                ) from None
+                text = f"a redirect to {where}: give that address"
+                raise Refused(who, refusal.code, text) from None
             again = refusal.code in (408, 409, 425, 429) or refusal.code >= 500
             if not again or re.search("insufficient_quota", text):
                 raise Refused(who, refusal.code, text) from None
@@ -1191,11 +1160,7 @@ def post_json(url, payload, token, who):
             raise UserError(f"{who}: {trouble}; gave up after {patience:g} s (REWARD_PATIENCE)")
         if url not in WAITING:
             WAITING.add(url)
-            print(
-                f"{who}: {trouble}; trying again for up to {patience:g} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{who}: {trouble}; trying again for up to {patience:g} s", file=sys.stderr)
         time.sleep(min(pause, left))
 
 
@@ -1222,10 +1187,8 @@ def checked_url(name, url):
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.username or parts.password:
-            raise UserError(
-                f"reward {name.rpartition('@')[2]!r}: credentials in a URL are not used; "
-                "set REWARD_TOKEN, or VLM_TOKEN for a judge"
-            )
+            raise UserError(f"reward {name.rpartition('@')[2]!r}: credentials in a URL are not "
+                            "used; set REWARD_TOKEN, or VLM_TOKEN for a judge")
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1):
             return parts
     except ValueError:
@@ -1263,9 +1226,8 @@ Text: {prompt}
 Answer with one line of the form
 Score: <number>"""
 ASK_YES = "Does this picture show the following text? Answer Yes or No.\nText: {prompt}"
-FILTERED = re.compile(
-    r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited", re.I
-)
+FILTERED = re.compile(r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited",
+                      re.I)
 
 
 class Vlm:
@@ -1280,10 +1242,9 @@ class Vlm:
         tokens = query.get("tokens", "1024")
         scale = re.fullmatch(r"(\d+)-(\d+)", query.get("scale", "0-10"))
         if not self.model or not tokens.isdecimal() or not scale or set(query) - known:
-            raise UserError(
-                f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?model=NAME and, "
-                "if you like, &tokens=1024, &yes=1, &question=FILE, &scale=0-10"
-            )
+            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?"
+                            "model=NAME and, if you like, &tokens=1024, &yes=1, &question=FILE, "
+                            "&scale=0-10")
         path = parts.path.rstrip("/") or "/v1"
         if not path.endswith("/chat/completions"):
             path += "/chat/completions"
@@ -1321,9 +1282,8 @@ class Vlm:
         message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         while True:
             try:
-                answer = post_json(
-                    self.url, {**message, **options}, token, f"reward 'vlm' at {self.url}"
-                )
+                who = f"reward 'vlm' at {self.url}"
+                answer = post_json(self.url, {**message, **options}, token, who)
                 choices = answer.get("choices") if isinstance(answer, dict) else None
                 choice = choices[0] if choices and isinstance(choices[0], dict) else {}
                 return None if choice.get("finish_reason") == "content_filter" else choice
@@ -1348,11 +1308,8 @@ class Vlm:
     def score(self, image, prompt):
         """One picture -> its score, or NaN; the first reply without one is shown."""
         question = self.question
-        for name, value in (
-            ("low", f"{self.low:g}"),
-            ("high", f"{self.high:g}"),
-            ("prompt", prompt),
-        ):
+        values = {"low": f"{self.low:g}", "high": f"{self.high:g}", "prompt": prompt}
+        for name, value in values.items():
             question = question.replace(f"{{{name}}}", value)
         choice = self.post([image_part(image), {"type": "text", "text": question}], self.options)
         if self.yes:
@@ -1374,9 +1331,8 @@ class Vlm:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
             found = [(token["token"], math.exp(token["logprob"])) for token in tokens]
         except (KeyError, IndexError, TypeError):
-            raise UserError(
-                f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs"
-            ) from None
+            raise UserError(f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs"
+                            ) from None
         sums = {"yes": 0.0, "no": 0.0}
         for token, probability in found:
             word = re.sub(r"\W", "", token).lower()
@@ -1401,38 +1357,19 @@ def image_part(image):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-NUMBER = (
-    r"(?<![\w.,/-])([+-]?(?:\d+(?:[.,]\d+)?|\.\d+))"  # 7, 7.5, 7,5, .5
-    r"(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?(?!\s*%|[\w./]*\d)"  # of how many, if it says so
-)
-
-
 def number_in(reply, low=0.0, high=10.0):
-    """The score of a reply, or NaN where it is not beyond doubt.
-
-    1. <think>...</think> is no answer; one that never ends leaves none.
-    2. A reply that is JSON with "score" or "rating", also in a code fence, says that number.
-    3. Else: the number after the last `score` or `rating` followed by : = is of (or by nothing).
-    4. Else: the one number of a reply of at most five words.
-    5. A number may be 7, 7.5, 7,5, .5, 7/10 or 7 out of 10; the 10 must be the scale's end.
-    6. Two statements that differ, a range, a percentage, a number off the scale: NaN."""
+    """The score of a reply, or NaN where it is not beyond doubt: the number after `score` or
+    `rating` (JSON or text), else the only one of a reply of at most five words. 7/10 is 7; a range,
+    a percentage, two that differ, a number off the scale, unfinished thinking are none."""
     text = re.sub(r"<(think\w*|reason\w*)>.*?(</\1>|\Z)", " ", reply or "", flags=re.S | re.I)
-    text = re.sub(r"```(?:json)?|[*_`]", " ", text).strip()
-    with contextlib.suppress(ValueError, AttributeError):
-        fields = {key.lower(): value for key, value in json.loads(text).items()}
-        value = fields.get("score", fields.get("rating"))
-        text = f"score: {value}"
-    text = re.sub(r"\(\s*\d+\s*(?:-|to|\u2013)\s*\d+\s*\)", " ", text)  # "Score (0-10): 8"
-    said = re.findall(r"\b(?:score|rating)\b\W{0,3}(?:(?:is|of)\b|[:=])?\s*" + NUMBER
-                      + r"(\s*(?:-|\u2013|to\b|or\b)\s*\d)?", text, re.I)
-    if not said and len(text.split()) <= 5 and len(re.findall(r"[\d.,]*\d", text)) <= 2:
-        said = [(*found, "") for found in re.findall(NUMBER, text)]
-    values = set()
-    for number, end, also in said:
-        value = float(number.replace(",", "."))
-        sure = not also and (not end or float(end) == high) and low <= value <= high
-        values.add(value if sure else math.nan)
-    return values.pop() if len(values) == 1 else math.nan
+    text = re.sub(r"\([^)]*\)|[*_`\"]", "", text)  # "Score (0-10): 8"
+    text = re.sub(rf"\s*(/|out of)\s*{high:g}\b", "", re.sub(r"(?<=\d),(?=\d)", ".", text))
+    number = r"([+-]?(?:\d+(?:\.\d+)?|\.\d+))(?!\s*[%/]|\s*(?:-|\u2013|to|or)\s*\d|\.?\d)"
+    said = re.findall(rf"\b(?:score|rating)\b(?:\s+(?:is|of))?\W{{0,3}}?{number}", text, re.I)
+    if not said and len(text.split()) <= 5 and len(re.findall(r"[\d.]*\d", text)) == 1:
+        said = re.findall(rf"(?<![\w.,/-]){number}", text)
+    value = float(said[0]) if len(set(map(float, said))) == 1 else math.nan
+    return value if low <= value <= high else math.nan
 
 
 def vlm(device="cpu", path=None):
@@ -1477,11 +1414,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Health."""
-        known = self.path == "/health"
-        self.answer(
-            200 if known else 404,
-            {"name": self.server.reward.name} if known else {"error": "not found"},
-        )
+        if self.path == "/health":
+            return self.answer(200, {"name": self.server.reward.name})
+        self.answer(404, {"error": "not found"})
 
     def do_POST(self):
         """Score."""
@@ -1490,9 +1425,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         try:
             if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-                return self.answer(
-                    413, {"error": f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"}
-                )
+                text = f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"
+                return self.answer(413, {"error": text})
             body = self.rfile.read(int(length))
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return self.answer(401, {"error": "wrong or missing bearer token"})
@@ -1512,10 +1446,8 @@ class Handler(BaseHTTPRequestHandler):
             files = [io.BytesIO(base64.b64decode(text, validate=True)) for text in texts]
             images = [read_picture(file, ("PNG", "JPEG", "WEBP")) for file in files]
         except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-            return 400, {
-                "error": 'expected {"prompts": [text, ...], "images": [base64 of a PNG, JPEG '
-                f"or WebP, ...]}} ({one_line(error)})"
-            }
+            expected = '{"prompts": [text, ...], "images": [base64 of a PNG, JPEG or WebP, ...]}'
+            return 400, {"error": f"expected {expected} ({one_line(error)})"}
         try:
             scores = self.server.reward(images, prompts).tolist()
         except Exception as error:
@@ -1526,12 +1458,9 @@ class Handler(BaseHTTPRequestHandler):
 def server(reward, host="127.0.0.1", port=8000, token=None):
     """A bound HTTP server for a Reward, which answers in the thread that calls serve_forever().
 
-    UserError: several parts (they are z-scored over a prompt's candidates: combine at the client).
-    """
+    UserError: several parts, which are z-scored over a prompt's candidates, at the client."""
     if len(reward.parts) > 1:
-        raise UserError(
-            f"serve one reward at a time, not {reward.name!r}: combine where they are used"
-        )
+        raise UserError(f"serve one reward at a time, not {reward.name!r}: combine at the client")
     try:
         bound = HTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
@@ -1550,9 +1479,8 @@ ANIMALS ="""
 DEEDS = ("riding a bike", "playing chess", "washing dishes")
 GITHUB = "https://raw.githubusercontent.com/"
 PICKAPIC = GITHUB + "UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PICKAPIC_TOO = (
-    GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/pickscore/"
-)
+PICKAPIC_TOO = (GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/"
+                "dataset/pickscore/")
 PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit. (sha256, addresses)
     "pickapic": ("2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f",
                  PICKAPIC + "train.txt", PICKAPIC_TOO + "train.txt"),
@@ -1584,11 +1512,9 @@ def read_text(path):
 
 
 def lines_of(text):
-    """Lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v and \\f are text.
-    Numbered."""
-    return [
-        (n, line.strip()) for n, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()
-    ]
+    """Numbered lines that end at \\n, \\r\\n or \\r alone: U+2028, U+0085, \\v, \\f are text."""
+    lines = enumerate(re.split("\r\n|\n|\r", text), 1)
+    return [(n, line.strip()) for n, line in lines if line.strip()]
 
 
 def load_prompts(spec):
@@ -1601,9 +1527,8 @@ def load_prompts(spec):
     path = first_of(*source) if isinstance(source, tuple) else Path(source)
     if not path.exists() or path.is_dir():
         near = ", ".join(difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS)
-        raise UserError(
-            f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean {near}?"
-        )
+        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean "
+                        f"{near}?")
     text = read_text(path)
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
@@ -1611,19 +1536,16 @@ def load_prompts(spec):
     elif ending == ".json":
         rows = json_value(path, 1, text)
         if not isinstance(rows, list):
-            raise UserError(
-                f'prompts {path}: expected a JSON array of strings or objects with "prompt"'
-            )
+            raise UserError(f"prompts {path}: expected a JSON array of texts, or of objects with "
+                            '"prompt"')
         rows = list(enumerate(rows, 1))
     elif ending in (".csv", ".tsv"):
         rows = table_rows(path, text, "\t" if ending == ".tsv" else ",")
     elif ending in (".txt", ".prompts", ""):
         rows = lines_of(text)
     else:
-        raise UserError(
-            f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt a "
-            "line), .jsonl, .ndjson, .json, .csv or .tsv"
-        )
+        raise UserError(f"prompts {path}: {ending} is no list of prompts; expected .txt (a prompt "
+                        "a line), .jsonl, .ndjson, .json, .csv or .tsv")
     prompts = [prompt_of(path, n, row) for n, row in rows]
     if not prompts:
         raise UserError(f"prompts {path}: empty; expected a prompt a line")
@@ -1659,10 +1581,8 @@ def quoted_rows(path, text, delimiter, quoting):
         header = [name.strip() for name in next(reader, [])]
         for row in reader:
             if len(row) > len(header):
-                raise csv.Error(
-                    f"{len(row)} cells under {len(header)} columns; quote a cell that holds the "
-                    "separator"
-                )
+                raise csv.Error(f"{len(row)} cells under {len(header)} columns; quote a cell that "
+                                "holds the separator")
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as e:
@@ -1676,10 +1596,8 @@ def prompt_of(path, n, row):
         row = {str(key).lower(): value for key, value in row.items()}
         row = next((row[key] for key in ("prompt", "caption", "text") if row.get(key)), None)
     if not isinstance(row, str) or not row.strip():
-        raise UserError(
-            f'{path}, entry {n}: expected text, or an object or column "prompt", "caption" '
-            'or "text"'
-        )
+        raise UserError(f"{path}, entry {n}: expected text, or an object or column "
+                        '"prompt", "caption" or "text"')
     try:
         row.encode()
     except UnicodeEncodeError as e:
@@ -1705,10 +1623,8 @@ def load_pairs(path):
         row = json_value(path, n, line)
         sides = [row.get(side) for side in ("chosen", "rejected")] if isinstance(row, dict) else []
         if not sides or not all(isinstance(side, list) and side for side in sides):
-            raise UserError(
-                f'{path}, line {n}: expected an object with "prompt": text, "chosen": a '
-                'list of files, "rejected": a list of files'
-            )
+            raise UserError(f'{path}, line {n}: expected an object with "prompt": text, '
+                            '"chosen": a list of files, "rejected": a list of files')
         prompt = prompt_of(path, n, {"prompt": row.get("prompt")})
         chosen, rejected = ([home / str(file) for file in side] for side in sides)
         for file in chosen + rejected:
@@ -1739,9 +1655,8 @@ def read_picture(source, formats=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as e:  # truncated, too large for Pillow, no picture at all
-        raise UserError(
-            f"{getattr(source, 'name', source)}: not a readable picture ({one_line(e)})"
-        ) from e
+        name = getattr(source, "name", source)
+        raise UserError(f"{name}: not a readable picture ({one_line(e)})") from e
 
 
 def load_pictures(files, side):
@@ -1783,12 +1698,8 @@ def table():
         facts = {key: " ".join(text.split()) for key, text in facts.items()}
         lines.append("{:16} {size}; {scale}; licence: {licence}".format(name, **facts))
         lines.append(f"{'':16} model: {facts['model']}; compared with {facts['compared']}")
-    lines.append(
-        "Compared with random weights of the true size, except for the real aesthetic head."
-    )
-    lines.append(
-        "also: file.py:name, package.module:name, http://host:port; NAME@path for a local copy"
-    )
+    lines.append("Compared with random weights of the true size, but the real aesthetic head.")
+    lines.append("also: file.py:name, package.module:name, http://host:port; NAME@path: a copy")
     lines.append(f"prompts: {', '.join(PROMPTS)}, or a file")
     return "\n".join(lines)
 
@@ -1833,9 +1744,12 @@ def main(argv=None):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with one_line_errors():
-        {"list": lambda args: print(table()), "score": score_files, "serve": serve}[args.command](
-            args
-        )
+        if args.command == "list":
+            print(table())
+        elif args.command == "score":
+            score_files(args)
+        else:
+            serve(args)
 
 
 if __name__ == "__main__":

@@ -922,58 +922,62 @@ def vit_maps(h):
     h = h.double().numpy()
     return [h[:, 1:].mean(1), np.sqrt(h[:, 1:].var(1) + 1e-6), h[:, 0]]
 
-MAE_BLOCKS = (2, 1, 2, 1)
+def published_mae():
+    """A small latent-MAE under the names of the authors' file, and three latents, by a seed. What their extractor
+    (src/drpo/features.py of UGVly/DrPO) makes of the two is MAE_MAPS."""
+    g, state = torch.Generator().manual_seed(5), {}
 
-def mae_state():
-    """Random weights of a latent-MAE of width 32 under the authors' names, in JAX's layout: .kernel HWIO, .scale."""
-    g, state = torch.Generator().manual_seed(0), {}
-
-    def conv(name, size, c_in, c):
-        state[f"encoder.{name}.kernel"] = torch.randn(size, size, c_in, c, generator=g) / math.sqrt(size * size * c_in)
+    def conv(name, *shape):
+        scale = math.sqrt(2 / math.prod(shape[:3]))
+        state[f"encoder.{name}.kernel"] = scale * torch.randn(*shape, generator=g)
 
     def norm(name, c):
-        state[f"encoder.{name}.scale"] = 1 + 0.2 * torch.randn(c, generator=g)
-        state[f"encoder.{name}.bias"] = 0.2 * torch.randn(c, generator=g)
+        state[f"encoder.{name}.scale"] = 1 + 0.1 * torch.randn(c, generator=g)
+        state[f"encoder.{name}.bias"] = 0.1 * torch.randn(c, generator=g)
 
-    conv("conv1", 3, 4, 32), norm("gn1", 32)
-    c_in = 32
-    for s, n in enumerate(MAE_BLOCKS):
-        c = 32 * 2 ** s
-        for b in range(n):
-            name = f"stages_{s}.layers_{b}"
-            conv(f"{name}.conv1", 3, c_in, c), norm(f"{name}.gn1", c)
-            conv(f"{name}.conv2", 3, c, c), norm(f"{name}.gn2", c)
-            if b == 0 and c_in != c:
-                conv(f"{name}.proj_conv", 1, c_in, c), norm(f"{name}.proj_gn", c)
-            c_in = c
-        norm(f"layer{s + 1}_norm", c)
-    state["decoder.conv1.kernel"] = torch.randn(3, 3, 4, 4, generator=g)  # the file has a decoder too
-    return state
+    conv("conv1", 3, 3, 4, 32)
+    norm("gn1", 32)
+    before = 32
+    for stage, (blocks, c) in enumerate(((2, 32), (2, 64), (1, 128), (1, 256))):
+        for block in range(blocks):
+            name = f"stages_{stage}.layers_{block}"
+            conv(f"{name}.conv1", 3, 3, before, c)
+            norm(f"{name}.gn1", c)
+            conv(f"{name}.conv2", 3, 3, c, c)
+            norm(f"{name}.gn2", c)
+            if before != c:
+                conv(f"{name}.proj_conv", 1, 1, before, c)
+                norm(f"{name}.proj_gn", c)
+            before = c
+        norm(f"layer{stage + 1}_norm", c)
+    state["decoder.head.kernel"] = torch.randn(1, 1, 8, 4, generator=g)  # the file has a decoder too
+    return state, torch.randn(3, 4, 64, 64, generator=g)
 
-def mae_forward(state, x):
-    """The last stage, in float64, functionally."""
-    state = {k: v.double() for k, v in state.items()}
 
-    def conv(name, x, stride=1):
-        kernel = state[f"encoder.{name}.kernel"].permute(3, 2, 0, 1)
-        return torch.nn.functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+MAE_MAPS = (  # vectors a picture, first three numbers, last three, mean, RMS of each map
+    (1, (-0.241385, 0.176253, -0.364935), (0.092399, 0.60033, -0.736766), 0.0035462, 0.445482),
+    (1, (0.713875, 0.993696, 0.62685), (0.925026, 0.967708, 0.30646), 0.8493212, 0.9049785),
+    (16, (-0.250501, -0.459241, 0.103566), (-0.344667, 0.772375, -0.344947), 0.0035462, 0.6413615),
+    (16, (0.560229, 0.286291, 1.03367), (0.497598, 0.926518, 0.691279), 0.6157169, 0.7785215),
+    (4, (-0.453963, 0.158092, -0.130456), (0.099331, 0.837872, -0.705548), 0.0035462, 0.4923556),
+    (4, (0.427063, 1.205672, 0.806479), (0.891355, 0.864986, 0.403499), 0.7986684, 0.8803558))
 
-    def norm(name, x):
-        groups = x.reshape(len(x), 32, -1)
-        groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        scale, bias = (state[f"encoder.{name}.{part}"][:, None, None] for part in ("scale", "bias"))
-        return groups.reshape(x.shape) * scale + bias
 
-    h = norm("gn1", conv("conv1", x.double())).relu()
-    for s, n in enumerate(MAE_BLOCKS):
-        for b in range(n):
-            name, stride = f"stages_{s}.layers_{b}", 2 if b == 0 and s > 0 else 1
-            y = norm(f"{name}.gn2", conv(f"{name}.conv2", norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)).relu()))
-            if f"encoder.{name}.proj_conv.kernel" in state:
-                h = norm(f"{name}.proj_gn", conv(f"{name}.proj_conv", h, stride))
-            h = (h + y).relu()
-        h = norm(f"layer{s + 1}_norm", h)
-    return h
+def as_torch_stores(state):
+    """JAX's .kernel (HWIO) and .scale -> .weight (OIHW) and .weight."""
+    stored = {}
+    for key, value in state.items():
+        if key.endswith(".kernel"):
+            value = value.permute(3, 2, 0, 1).contiguous()
+        stored[re.sub(r"\.(kernel|scale)$", ".weight", key)] = value
+    return stored
+
+
+MAE_FILES = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"metadata": {"step": 3}, "state_dict": state},
+    "model_state_dict": lambda state: {"model_state_dict": as_torch_stores(state)},
+    "prefixes": lambda state: {f"module._orig_mod.{key}": value for key, value in as_torch_stores(state).items()}}
 
 
 class TestFeatures:
@@ -1064,31 +1068,21 @@ class TestFeatures:
                 h = h[0] if isinstance(h, tuple) else h
             compare_maps(drpo.load_features(f"dino@{tmp_path}", G)(x, None), vit_maps(h), 1e-3)
 
-    @pytest.mark.parametrize("form", ("jax", "torch", "nested"))
-    def test_latent_mae_features(self, form, models, tmp_path):
-        """Both forms of the authors' keys and layouts against a functional float64 forward: global, 2x2 and 4x4 maps."""
-        state = mae_state()
-        stored = state
-        if form != "jax":
-            stored = {(k[:-7] + ".weight" if k.endswith(".kernel") else k[:-6] + ".weight" if k.endswith(".scale") else k):
-                      (v.permute(3, 2, 0, 1).contiguous() if k.endswith(".kernel") else v) for k, v in state.items()}
-        torch.save({"metadata": {"step": 3}, "state_dict": {f"module.{k}": v for k, v in stored.items()}} if form == "nested" else stored, tmp_path / "mae.pth")
-        G = open_model(models / "sd")
-        phi = drpo.load_features(f"latent-mae@{tmp_path / 'mae.pth'}", G)
-        for side in (64, 8):
-            x = 2 * torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(1))
-            h = mae_forward(state, x).numpy()
-            n = side // 8
-            want = [h.mean((2, 3)), np.sqrt(h.var((2, 3)) + 1e-6)]
-            for p in (2, 4):
-                if n > p:
-                    patches = h.reshape(2, -1, n // p, p, n // p, p).transpose(0, 2, 4, 1, 3, 5)
-                    patches = patches.reshape(2, (n // p) ** 2, -1, p * p)
-                    want += [patches.mean(-1), np.sqrt(patches.var(-1) + 1e-6)]
-            assert len(want) == (6 if side == 64 else 2)
-            with torch.no_grad():
-                # a constant map's std is sqrt(1e-6): float32 rounding shows in it
-                compare_maps(phi(x, None), want, 1e-4)
+    @pytest.mark.parametrize("form", MAE_FILES)
+    def test_latent_mae_is_the_authors(self, form, models, tmp_path):
+        """In every container and layout of their reader: the numbers that their extractor gives."""
+        state, x = published_mae()
+        torch.save(MAE_FILES[form](state), tmp_path / "mae.pth")
+        phi = drpo.load_features(f"latent-mae@{tmp_path / 'mae.pth'}", open_model(models / "sd"))
+        with torch.no_grad():
+            maps = phi(x, None)
+            assert len(phi(x[..., :8, :8], None)) == 2, "one patch: no parts of it"
+        for h, (T, first, last, mean, rms) in zip(maps, MAE_MAPS, strict=True):
+            assert h.shape == (3, T, 256)
+            assert h[0, 0, :3].tolist() == pytest.approx(first, abs=1e-5)
+            assert h[2, -1, -3:].tolist() == pytest.approx(last, abs=1e-5)
+            assert float(h.double().mean()) == pytest.approx(mean, abs=1e-6)
+            assert float(h.double().square().mean().sqrt()) == pytest.approx(rms, abs=1e-5)
 
     def test_latent_mae_never_unpickles(self, models, tmp_path):
         class Bomb:

@@ -1138,8 +1138,11 @@ SCHEDULES = {  # what the pipeline of diffusers is asked for: scheduler, its set
     "euler-leading": ("EulerDiscreteScheduler", dict(timestep_spacing="leading", steps_offset=1), 1),
     "ancestral": ("EulerAncestralDiscreteScheduler", dict(timestep_spacing="trailing"), 999),
     "ancestral-linspace": ("EulerAncestralDiscreteScheduler", dict(timestep_spacing="linspace"), 0),
-    "lcm-399": ("LCMScheduler", dict(), 399),  # DMD2
-    "lcm-800": ("LCMScheduler", dict(), 800),
+    "lcm-249": ("LCMScheduler", dict(), 249),  # NitroSD Realism
+    "lcm-399": ("LCMScheduler", dict(), 399),  # DMD2, Diff-Instruct*
+    "lcm-499": ("LCMScheduler", dict(), 499),  # NitroSD Vibrant
+    "lcm-800": ("LCMScheduler", dict(), 800),  # Hyper-SD
+    "lcm-999": ("LCMScheduler", dict(), 999),  # SwiftBrush
     "tcd": ("TCDScheduler", dict(), 999),
     "ddim": ("DDIMScheduler", dict(timestep_spacing="trailing", clip_sample=False), 999),
     "ddpm": ("DDPMScheduler", dict(timestep_spacing="trailing", clip_sample=False), 999),
@@ -3389,6 +3392,14 @@ TINY = ("--prompts animals --reward jpeg --features vae --steps 1 --batch 1 --ca
         "--preview-every 0").split()
 
 
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
+ONE_STEP_UNETS = [
+    ("tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", ["--timestep", "399"]),
+    ("ByteDance/Hyper-SD/Hyper-SDXL-1step-Unet.safetensors", ["--timestep", "800"]),
+    ("ByteDance/SDXL-Lightning/sdxl_lightning_1step_unet_x0.safetensors", ["--prediction", "sample"]),
+    ("ChenDY/NitroFusion/nitrosd-realism_unet.safetensors", ["--timestep", "249"])]
+
+
 class TestAHubInABox:
     """README's commands as a stranger's first start, at a hub of tiny repositories."""
 
@@ -3412,14 +3423,35 @@ class TestAHubInABox:
         assert done.returncode == 0, done.stderr
         assert not [path for command, path in hub.asked if command == "GET" and "/resolve/" in path]
 
-    def test_sdxl_and_a_unet_in_the_place_of_its_own(self, hub, models):
-        """The replaced UNet's weights are not fetched."""
-        other = hub.folder / "owner" / "fast"
-        other.mkdir(parents=True)
-        shutil.copy(models / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors", other / "one_step.safetensors")
-        done = on_hub(hub, "--model", "sdxl-turbo", "--unet", "owner/fast/one_step.safetensors", "--out", "xl", *TINY)
+    def test_sdxl_turbo(self, hub):
+        done = on_hub(hub, "--model", "sdxl-turbo", "--out", "xl", *TINY)
+        assert done.returncode == 0, done.stderr
+        assert (hub.folder.parent / "xl" / drpo.LORA_FILE).exists()
+
+    @pytest.mark.parametrize("file,flags", ONE_STEP_UNETS)
+    def test_one_step_unets_in_the_place_of_the_base_s(self, file, flags, hub, models):
+        """README's lines: SDXL base has a leading schedule; its own UNet is not fetched; the LoRA says where it belongs."""
+        base = hub.folder / XL
+        shutil.copytree(models / "sdxl", base)
+        scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+        scheduler.update(_class_name="EulerDiscreteScheduler", timestep_spacing="leading", steps_offset=1)
+        (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        (hub.folder / file).parent.mkdir(parents=True)
+        weights = models / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors"
+        if file.endswith(".bin"):
+            torch.save(rewards.read_weights(weights), hub.folder / file)
+        else:
+            shutil.copy(weights, hub.folder / file)
+        done = on_hub(hub, "--model", XL, "--unet", file, *flags, "--out", "xl", *TINY)
         assert done.returncode == 0, done.stderr
         assert not [path for command, path in hub.asked if command == "GET" and "/unet/diffusion" in path]
+        metadata = drpo.read_lora(hub.folder.parent / "xl")[1]
+        assert (metadata["drpo_base"], metadata["unet"]) == (XL, file)
+        assert ("--timestep" in flags) == (metadata["timestep"] != "-1")
+        if "DMD2" in file:
+            done = on_hub(hub, "xl", "--limit", 1, "--samples", 1, "--prompts", "animals", script="eval.py",
+                          HF_HUB_OFFLINE="1")
+            assert done.returncode == 0, done.stderr
 
     def test_a_connection_that_breaks_goes_on(self, hub):
         """In the middle of a weight: it is asked for again, now or at the next start, and the run is made."""

@@ -956,9 +956,14 @@ def resolved(cfg):
             values[name] = path
     for name in ("reward", "watch"):
         values[name] = rewards.absolute_spec(values[name])
+    features = []
+    for item in values["features"].split(","):
+        name, at, path = item.strip().partition("@")
+        pick("feature", name, FEATURES)
+        local = os.path.exists(rewards.absolute(path))
+        features.append(name + at + (rewards.absolute(path) if at and local else path))
+    values["features"] = ",".join(features)
     cfg = dataclasses.replace(cfg, **values)
-    for item in cfg.features.split(","):
-        pick("feature", item.strip().partition("@")[0], FEATURES)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
     pick("dtype", cfg.dtype, ("auto", *DTYPES))

@@ -2940,7 +2940,6 @@ class TestRewardsPyModels:
         monkeypatch.setattr(rewards, "BLIP_VISION", SMALL_BLIP_VISION)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "red", "dog", "two", "birds"]
         (tmp_path / "vocab.txt").write_text("\n".join(words))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
         torch.save(blip_weights(), tmp_path / "ImageReward.pt")
         reward = rewards.load(f"imagereward@{tmp_path}")
         images = waves(4, (640, 427))

@@ -142,6 +142,56 @@ drpo.FIELDS.update(
 )
 drpo.FEATURES.update({"latent": latent_features, "colours": colour_features})
 
+# ===== two remedies for a prompt that tips, as patches of drpo's functions
+
+
+def remember_anchors():
+    """The best and worst m of a prompt's earlier visit are ranked together with today's candidates:
+    where all candidates are equally wrong, there are anchors still. Nothing but ranks is used."""
+    score_candidates, anchors_of = drpo.score_candidates, drpo.anchors_of
+    memory, prompts = {}, []
+
+    def scored(G, reward, batch, x):
+        prompts[:] = batch.prompts  # anchors_of is called for each of them, in order
+        return score_candidates(G, reward, batch, x)
+
+    def anchors(z, scores, m, native):
+        prompt = prompts.pop(0)
+        figures = anchors_of(z, scores, m, native)[2]
+        if prompt in memory:
+            old_z, old_scores = memory[prompt]
+            z = [torch.cat([now, then]) for now, then in zip(z, old_z)]
+            scores = torch.cat([scores, old_scores])
+        best, worst, _ = anchors_of(z, scores, m, native)
+        order = scores.argsort(descending=True, stable=True)
+        kept = torch.cat([order[:m], order[-m:]])
+        memory[prompt] = [h[kept.to(h.device)].detach() for h in z], scores[kept]
+        return best, worst, figures
+
+    drpo.score_candidates, drpo.anchors_of = scored, anchors
+
+
+def average_weights():
+    """The LoRA that is kept is the exponential average over steps, decay 0.95."""
+    optimizer_step = drpo.optimizer_step
+    averages = []
+
+    def step(G, optimizer, cfg, stop, world):
+        norm = optimizer_step(G, optimizer, cfg, stop, world)
+        now = [p.detach().clone() for p in G.parameters()]
+        averages[:] = [0.95 * a + 0.05 * w for a, w in zip(averages, now)] if averages else now
+        step.count += 1
+        if step.count == cfg.steps:
+            for p, average in zip(G.parameters(), averages):
+                p.data.copy_(average)
+        return norm
+
+    step.count = 0
+    drpo.optimizer_step = step
+
+
+PATCHES = {"remember": remember_anchors, "average": average_weights}
+
 # ===== the tables: {label: settings that differ from the toy's}
 
 MINE = f"{HERE / 'ablate.py'}:"
@@ -195,8 +245,9 @@ TABLES = {
 }
 TABLES["tips"] = {  # candidates for the default, by ten seeds each
     "12 x 16": dict(batch=12, candidates=16),
-    "12 x 16, lr 1.5e-3, lambda .1": dict(batch=12, candidates=16, lr=1.5e-3, lambda_ref=0.1),
     "24 x 8, m 4": dict(batch=24, candidates=8, anchors=4),
+    "anchors remembered": dict(patch="remember"),
+    "LoRA averaged over steps": dict(patch="average"),
 }
 TABLES["all"] = {}
 for name in (
@@ -285,6 +336,9 @@ def run_variant(folder):
     folder = Path(folder)
     job = json.loads((folder / "job.json").read_text())
     settings = dict(job["settings"])
+    patch = settings.pop("patch", None)
+    if patch:
+        PATCHES[patch]()
     if "radii" in settings:
         settings["radii"] = tuple(settings["radii"])  # JSON knows lists alone
     fixed = dict(

@@ -96,6 +96,7 @@ class Config:
     eta: float = setting(1.0, "step of the target, z* = z + eta u V", 0)
     lr: float = setting(2e-3, "learning rate of AdamW, constant", 0)
     weight_decay: float = setting(0.01, "of AdamW", 0)
+    average: float = setting(0.0, "the LoRA kept is its average over 1 / (1 - average) steps", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     lora_rank: int = setting(16, "rank of the LoRA", 1)
     lora_alpha: float = setting(16.0, "alpha of the LoRA: W + alpha / rank up down", 0)
@@ -122,7 +123,7 @@ class Config:
 # scripts of github.com/UGVly/DrPO.
 AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
-    "toy": dict(kernel="rbf"),  # right as often as with laplacian, and more diverse
+    "toy": dict(kernel="rbf", average=0.95),  # lab/README.md: no seed of ten tips
     "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),  # P, K, m: defaults
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
@@ -978,6 +979,7 @@ def resolved(cfg):
             expect(f.name, least <= values[f.name] < 2 ** 63, f"a number, at least {least}")
     expect("anchors", cfg.pairs or 2 * cfg.anchors <= cfg.candidates,
            f"at most half of --candidates {cfg.candidates}: best and worst would overlap")
+    expect("average", cfg.average < 1, "less than 1")
     expect("radii", cfg.radii and all(0 < radius < math.inf for radius in cfg.radii),
            "positive numbers, as 0.2,0.5,1")
     expect("out", not cfg.resume or cfg.out in ("", cfg.resume), "nothing beside --resume")
@@ -1108,6 +1110,7 @@ class Run:
         self.writes, self.made, self.lock = writes, False, None
         self.path = Path(cfg.resume) if cfg.resume else None
         self.step = self.position = self.first = 0
+        self.average = [p.detach().clone() for p in G.parameters()]
         self.metrics = []
 
     @contextlib.contextmanager
@@ -1185,6 +1188,8 @@ class Run:
         if not self.writes:
             return
         cfg = self.cfg
+        for a, p in zip(self.average, self.G.parameters()):  # a plain mean at first
+            a.lerp_(p.detach(), max(1 - cfg.average, 1 / self.step))
         if self.step == self.first + 1:
             versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers")}
             settings = json.dumps({**dataclasses.asdict(cfg), "versions": versions}, indent=1)
@@ -1208,6 +1213,19 @@ class Run:
         if every and (self.step % every == 0 or self.step in (1, cfg.steps)):
             self.preview()
 
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside it the generator has the average of its LoRA over steps, which is what is kept."""
+        parameters = self.G.parameters()
+        now = [p.detach().clone() for p in parameters]
+        for p, a in zip(parameters, self.average):
+            p.data.copy_(a)
+        try:
+            yield
+        finally:
+            for p, weight in zip(parameters, now):
+                p.data.copy_(weight)
+
     @torch.no_grad()
     def preview(self):
         """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
@@ -1217,7 +1235,8 @@ class Run:
         for i in range(n):  # one at a time: it never needs more memory than the run
             condition = G.encode([self.prompts[i * len(self.prompts) // n]])
             e = prompt_noise(self.cfg.seed, i, (1, *G.noise_shape)).to(G.device)
-            tuned += rewards.to_pil(G.decode(G.sample(e, condition)))
+            with self.averaged():
+                tuned += rewards.to_pil(G.decode(G.sample(e, condition)))
             with G.reference():
                 base += rewards.to_pil(G.decode(G.sample(e, condition)))
         grid = make_image_grid(base + tuned, 2, n, resize=min(256, max(128, G.picture_side)))
@@ -1230,12 +1249,14 @@ class Run:
         kind, words, *rest = np.random.get_state()
         state = {"at": {"step": self.step, "position": self.position},
                  "weights": [p.detach().cpu() for p in self.G.parameters()],
+                 "average": [a.cpu() for a in self.average],
                  "optimizer": self.optimizer.state_dict(), "scaler": self.G.scaler.state_dict(),
                  "random": {"torch": torch.get_rng_state(), "python": random.getstate(),
                             "numpy": (kind, words.tolist(), *rest)}}
         rewards.write_atomic(self.path / "checkpoint.pt", lambda f: torch.save(state, f))
-        self.G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep),
-                         prediction=cfg.prediction)
+        with self.averaged():
+            self.G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep),
+                             prediction=cfg.prediction)
 
     def load(self):
         """Puts the checkpoint of --resume in place, and takes later steps off the log."""
@@ -1246,6 +1267,8 @@ class Run:
             raise UserError(f"{self.path}: its LoRA is of another base or --lora-rank")
         for p, weight in zip(parameters, state["weights"]):
             p.data.copy_(weight)
+        for a, average in zip(self.average, state["average"]):
+            a.copy_(average)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
         self.G.scaler.load_state_dict(state["scaler"])

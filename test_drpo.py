@@ -1791,6 +1791,26 @@ class TestARun:
             moved += int((step > 0.9e-3).sum())
         assert moved > 100  # B; A has no gradient while B is 0
 
+    def test_the_average_of_the_lora_is_kept(self, models, home):
+        """Against the weights of every step: a plain mean at first, then exponential; training itself does not see it,
+        and --resume goes on with it."""
+        every = []
+        for steps in (1, 2, 3, 4):
+            assert RunProcess(command(models, f"to{steps}", steps=steps, average=0.5), home).wait() == 0
+            every.append(weights_of(home / f"to{steps}"))
+        mean = [w.double() for w in every[0]]
+        for n, weights in enumerate(every[1:], 2):
+            rate = max(0.5, 1 / n)
+            mean = [(1 - rate) * m + rate * w.double() for m, w in zip(mean, weights)]
+        assert RunProcess(["--resume", "to2", "--steps", "4"], home).wait() == 0
+        for name in ("to4", "to2"):
+            G = open_model(models / "sd")
+            G.load_lora(home / name)
+            for layer, (down, up) in zip(G.lora.values(), zip(mean[::2], mean[1::2])):
+                want = layer.up.detach() @ layer.down.detach() * layer.alpha / layer.rank
+                scale = drpo.read_config(home / name)["lora_alpha"] / layer.rank
+                assert_close(want, (scale * up @ down).numpy(), 1e-5)
+
     def test_resume_further_and_changed_settings(self, models, home):
         """A setting given beside --resume replaces the run's."""
         assert RunProcess(command(models, steps=2), home).wait() == 0

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ import drpo  # noqa: E402
 import geneval  # noqa: E402
 import make_toy  # noqa: E402
 import ocr  # noqa: E402
+import paper  # noqa: E402
 import rewards  # noqa: E402
 from geneval import Found  # noqa: E402
 from rewards import UserError  # noqa: E402
@@ -817,6 +819,63 @@ class TestPerson:
         assert person.take(number, None)
         worker.join(60)
         assert math.isnan(found[0][0])
+
+
+@pytest.fixture
+def toy_lora(tmp_path):
+    """A LoRA file of the toy with random weights."""
+    G = drpo.load_generator("toy")
+    G.add_lora(2, 2.0)
+    for layer in G.lora.values():
+        torch.nn.init.normal_(layer.up, std=0.05)
+    (tmp_path / "lora").mkdir()
+    G.save_lora(tmp_path / "lora", unet="", timestep="-1", prediction="")
+    return tmp_path / "lora"
+
+
+class TestPaper:
+    """The paper's table on the toy, with small sets."""
+
+    def test_means_are_those_of_the_pictures(self, toy_lora, tmp_path, capsys):
+        """Seeds as the authors have them: the base's mean score from pictures drawn here."""
+        argv = "--sets scenes-test --limit 3 --seeds 42,43 --batch 2 --rewards jpeg".split()
+        paper.main([str(toy_lora), *argv, "--out", str(tmp_path / "out")])
+        G, scores = drpo.load_generator("toy"), []
+        prompts = rewards.load_prompts("scenes-test")[:3]
+        for seed in (42, 43):
+            for n, prompt in enumerate(prompts):
+                generator = torch.Generator().manual_seed(seed * 1_000_000 + n)
+                e = torch.randn(G.noise_shape, generator=generator)[None]
+                with torch.no_grad():
+                    picture = rewards.to_pil(G.decode(G.sample(e, G.encode([prompt]))))
+                scores += rewards.load("jpeg")(picture, [prompt]).tolist()
+        lines = capsys.readouterr().out.splitlines()
+        row = next(line for line in lines if line.startswith("| base"))
+        assert float(row.split("|")[2].split()[0]) == pytest.approx(np.mean(scores), rel=1e-3)
+
+    def test_goes_on_where_it_was_stopped(self, toy_lora, tmp_path):
+        """A torn line is redone, whole ones are not."""
+        argv = "--sets scenes-test --limit 3 --seeds 42 --rewards jpeg".split()
+        argv = [str(toy_lora), *argv, "--out", str(tmp_path / "out")]
+        paper.main(argv)
+        file = tmp_path / "out" / "base-scenes-test-42.jsonl"
+        lines = file.read_text().splitlines()
+        file.write_text('{"jpeg": 77.0}\n' + lines[1] + '\n{"jpeg": -1')
+        paper.main(argv)
+        assert file.read_text().splitlines() == ['{"jpeg": 77.0}', *lines[1:]]
+
+    def test_published_rows(self, tmp_path):
+        """DrPO's own SD-Turbo row under its columns; what the page has not is empty."""
+        parts = dict.fromkeys((*paper.SHOWN, "hpsv2"), len)
+        judges = {name: rewards.Reward(name, parts, {}) for name in paper.REWARDS}
+        args = argparse.Namespace(out=tmp_path, seeds=[42], limit=None, published="sd-turbo")
+        text = paper.table(args, [], list(paper.REWARDS), judges)
+        lines = [re.split(r"\s*\|\s*", line) for line in text.strip().splitlines()]
+        head, _, *rows = lines
+        drpo_row = next(row for row in rows if row[1] == "DrPO (published)")
+        assert drpo_row[head.index("pickapic-test: pickscore")] == "23.49"
+        assert drpo_row[head.index("parti: imagereward")] == "7.46"
+        assert drpo_row[head.index("parti: hpsv2")] == ""
 
 
 class TestOcr:

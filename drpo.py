@@ -1267,7 +1267,7 @@ class Run:
             raise UserError(f"{self.path}: its LoRA is of another base or --lora-rank")
         for p, weight in zip(parameters, state["weights"]):
             p.data.copy_(weight)
-        for a, average in zip(self.average, state["average"]):
+        for a, average in zip(self.average, state.get("average", state["weights"])):
             a.copy_(average)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)

@@ -18,7 +18,6 @@ All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 res
     best of N           N candidates of the BASE for each picture, the best by the ranked reward
 The same command twice on a CPU writes the same report.json bit for bit; speeds go to timing.json.
 """
-
 import argparse
 import json
 import re
@@ -48,9 +47,8 @@ def interval(total, count, resamples=2000, seed=0):
     n = len(total)
     if n < 2:
         return [mean_or_none(total / count), None, None]
-    draws = np.random.default_rng(seed).multinomial(
-        n, np.full(n, 1 / n), resamples
-    )  # (resamples, P)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, P)
     low, high = np.percentile((draws @ total) / (draws @ count), [2.5, 97.5])
     return [float(total.sum() / count.sum()), float(low), float(high)]
 
@@ -175,10 +173,8 @@ def verdicts_of(name, part, images, prompts):
     except UserError:
         raise
     except Exception as e:
-        raise UserError(
-            f"reward {name!r}: correct(images, prompts) failed ({rewards.one_line(e)}); "
-            "it gives True, False or None for each image"
-        ) from e
+        raise UserError(f"reward {name!r}: correct(images, prompts) failed ({rewards.one_line(e)});"
+                        " it gives True, False or None for each image") from e
 
 
 def tag_of(part, prompt):
@@ -281,10 +277,8 @@ def prepare(args):
     for name in ("model", "unet", "timestep", "prediction"):
         values = {run[name] for run in runs}
         if len(values) > 1 and not (name == "model" and args.model):
-            raise UserError(
-                f"runs of different bases, --{name} is {' and '.join(map(str, values))}: "
-                "evaluate them one base at a time"
-            )
+            raise UserError(f"runs of different bases, --{name} is {' and '.join(map(str, values))}"
+                            ": evaluate them one base at a time")
     model = args.model or runs[0]["model"]
     if not args.prompts:
         args.prompts = "scenes-test" if drpo.preset_of(model) == "toy" else "pickapic-test"
@@ -293,14 +287,8 @@ def prepare(args):
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
     dtype = args.dtype.replace("auto", "bf16" if args.device.startswith("cuda") else "fp32")
-    G = drpo.load_generator(
-        model,
-        device=args.device,
-        dtype=drpo.DTYPES[dtype],
-        unet=runs[0]["unet"],
-        timestep=runs[0]["timestep"],
-        prediction=runs[0]["prediction"],
-    )
+    how = {name: runs[0][name] for name in ("unet", "timestep", "prediction")}
+    G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], **how)
     return G, runs, prompts
 
 
@@ -412,9 +400,8 @@ def marked(picture, verdict):
     if verdict != verdict:
         return picture
     scale = max(1, 160 // picture.width)
-    picture = picture.resize(
-        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
-    )
+    size = picture.width * scale, picture.height * scale
+    picture = picture.resize(size, Image.Resampling.NEAREST)
     right = picture.width - 1
     corner = picture.width // 10
     color = "#2a9d4e" if verdict else "#d43d3d"
@@ -449,8 +436,7 @@ def table(report):
     lines = [["", *columns]]
 
     def row(title, *path, style="{:.4g}", of_base=True):
-        """A line of the figures at a path of keys in each column; not of_base: the base has
-        none."""
+        """A line of the figures at a path of keys in each column; of_base: the base has one."""
         cells = [number(at(column, path), style) for column in columns.values()]
         if not of_base:
             cells[0] = ""
@@ -464,15 +450,8 @@ def table(report):
         row("  win rate against base", "rewards", name, "win_rate", style=percent, of_base=False)
     for name, groups in columns["base"]["accuracy"].items():
         row(f"{name}: right", "accuracy", name, "all", "mean", style=percent)
-        row(
-            "  difference to base",
-            "accuracy",
-            name,
-            "all",
-            "difference",
-            style="{:+.1%}",
-            of_base=False,
-        )
+        path = ("accuracy", name, "all", "difference")
+        row("  difference to base", *path, style="{:+.1%}", of_base=False)
         for tag in list(groups)[1:]:
             title = f"  {tag} ({groups[tag]['prompts']} prompts)"
             row(title, "accuracy", name, tag, "mean", 0, style=percent)
@@ -480,22 +459,14 @@ def table(report):
     row("  relative to base", "diversity", "relative", style=percent, of_base=False)
     for name in columns["base"]["right_diversity"]:
         row(f"diversity of right ({name})", "right_diversity", name, "own")
-        row(
-            "  relative to base, same prompts",
-            "right_diversity",
-            name,
-            "relative",
-            style=percent,
-            of_base=False,
-        )
+        path = ("right_diversity", name, "relative")
+        row("  relative to base, same prompts", *path, style=percent, of_base=False)
     row("distance to base", "distance")
     row("judge: win rate against base", "judge", "win_rate", style=percent)
     row("  wins / ties / losses", "judge", style="{wins} / {ties} / {losses}")
-    head = (
-        "{prompts}: {} prompts, {samples} pictures each, base {model}; in brackets 95% bootstrap "
-        "intervals"
-    )
-    return head.format(len(report["texts"]), **report) + " over prompts\n\n" + aligned(lines)
+    head = ("{prompts}: {} prompts, {samples} pictures each, base {model}; in brackets 95% "
+            "bootstrap intervals over prompts\n\n")
+    return head.format(len(report["texts"]), **report) + aligned(lines)
 
 
 def aligned(lines):
@@ -533,9 +504,8 @@ def judge(address, prompts, base, tuned):
         except UserError as e:
             troubles.append(e)
             return np.nan
-        found = re.findall(r"answer\W*(a|b|tie)\b", reply, re.I) or re.findall(
-            r"^\W*(a|b|tie)\W*$", reply, re.I
-        )
+        found = re.findall(r"answer\W*(a|b|tie)\b", reply, re.I)
+        found = found or re.findall(r"^\W*(a|b|tie)\W*$", reply, re.I)
         return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else np.nan
 
     with ThreadPoolExecutor(8) as pool:
@@ -553,8 +523,7 @@ def judge(address, prompts, base, tuned):
 
 
 def side_by_side(args):
-    """--generate: the same noise through base and every run -> generate.png, and single
-    pictures."""
+    """--generate: the same noise through base and every run -> generate.png, and the pictures."""
     G, runs, prompts = prepare(args)
     each = min(args.samples, 4 if len(prompts) > 1 else 8)
     (args.out / "generate").mkdir(parents=True, exist_ok=True)
@@ -579,43 +548,24 @@ def side_by_side(args):
 
 def parse(argv):
     """Command line -> settings, with device and the folder of the output filled in."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument(
-        "runs", nargs="*", metavar="RUN_OR_LORA", help="folders of runs, or LoRA files, of one base"
-    )
-    p.add_argument("--model", default="", help="the base; default: what the run or the file says")
-    p.add_argument(
-        "--prompts",
-        default="",
-        help="built-in name or file; default: scenes-test, or pickapic-test",
-    )
-    p.add_argument("--limit", type=int, help="evaluate so many of the prompts, evenly picked")
-    p.add_argument(
-        "--rewards", default="", help="names, comma-separated; default: those of the run"
-    )
-    p.add_argument("--samples", type=int, default=8, help="pictures a prompt [%(default)s]")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
-    p.add_argument(
-        "--out", default="", help="folder of the report; default: eval in the first run's folder"
-    )
-    p.add_argument(
-        "--best-of", type=int, default=1, metavar="N", help="a column: the best of N of the base"
-    )
-    p.add_argument(
-        "--judge", default="", metavar="URL", help="vision model, http://host:port/v1?model=NAME"
-    )
-    p.add_argument(
-        "--generate", action="append", metavar="PROMPT", help="pictures side by side, no report"
-    )
-    p.add_argument("--batch", type=int, default=16, help="pictures at once [%(default)s]")
-    p.add_argument("--device", default=device, help="[%(default)s]")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    p.add_argument(
-        "--any-base", action="store_true", help="accept a LoRA whose file names another base"
-    )
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("runs", nargs="*", metavar="RUN_OR_LORA", help="runs or LoRA files of one base")
+    add("--model", default="", help="the base; default: what the run or the file says")
+    add("--prompts", default="", help="built-in name or file; default: scenes-test, pickapic-test")
+    add("--limit", type=int, help="evaluate so many of the prompts, evenly picked")
+    add("--rewards", default="", help="names, comma-separated; default: those of the run")
+    add("--samples", type=int, default=8, help="pictures a prompt [%(default)s]")
+    add("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
+    add("--out", default="", help="folder of the report; default: eval in the first run's folder")
+    add("--best-of", type=int, default=1, metavar="N", help="a column: the best of N of the base")
+    add("--judge", default="", metavar="URL", help="vision model, http://host:port/v1?model=NAME")
+    add("--generate", action="append", metavar="PROMPT", help="pictures side by side, no report")
+    add("--batch", type=int, default=16, help="pictures at once [%(default)s]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    add("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    add("--any-base", action="store_true", help="accept a LoRA whose file names another base")
 
     def fail(message):
         raise UserError(f"{message} (python eval.py --help lists the options)")

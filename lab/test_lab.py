@@ -634,7 +634,7 @@ class TestToy:
         np.testing.assert_allclose(h[:, 0].numpy(), expected, atol=1e-5)
 
     def test_ablation_goes_on_with_what_is_there(self, tmp_path, capsys, monkeypatch):
-        known = {f.name for f in dataclasses.fields(drpo.Config)}
+        known = {f.name for f in dataclasses.fields(drpo.Config)} | {"patch"}
         assert all(
             set(settings) <= known
             for table in ablate.TABLES.values()

@@ -648,7 +648,7 @@ class Generator:
         self.add_lora(rank, float(rank))
         keys = [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
         parameters = dict(zip(keys, self.parameters()))
-        for key in state.keys() | parameters.keys():
+        for key in sorted(state.keys() | parameters.keys()):
             weight, p = state.get(key), parameters.get(key)
             if weight is None or p is None or weight.shape != p.shape:
                 raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}: "
@@ -1538,6 +1538,7 @@ def write_lora(G, folder, metadata):
         metadata["ss_base_model_version"] = "sdxl_base_v1-0"
     elif G.unet.config.cross_attention_dim == 1024:  # SD 2; for A1111
         metadata["ss_v2"] = "True"
+    folder.mkdir(parents=True, exist_ok=True)
     rewards.write_atomic(folder / LORA_FILE, save(ours, metadata))
     rewards.write_atomic(folder / "kohya_lora.safetensors", save(kohya, metadata))
 

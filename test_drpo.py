@@ -1368,6 +1368,49 @@ class TestTheGenerator:
         with pytest.raises(UserError, match="owner/repo/file"):
             drpo.load_generator(str(models / kind), unet="nowhere.bin")
 
+    def test_a_one_step_lora_fused_into_its_base(self, models, tmp_path):
+        """As Hyper-SD's one-step LoRA is used: fused by diffusers into a folder, which samples as
+        its own scheduler does at 800; then both LoRAs stack as adapters on the base."""
+        import diffusers
+        import peft
+        pipe = diffusers.DiffusionPipeline.from_pretrained(models / "sd")
+        pipe.set_progress_bar_config(disable=True)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+        torch.manual_seed(0)
+        for name, p in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.05)
+        layers = peft.get_peft_model_state_dict(pipe.unet)
+        pipe.save_lora_weights(tmp_path / "hyper", unet_lora_layers=layers)
+
+        base = diffusers.DiffusionPipeline.from_pretrained(models / "sd")
+        base.load_lora_weights(tmp_path / "hyper", adapter_name="hyper")
+        base.fuse_lora()
+        base.unload_lora_weights()
+        base.save_pretrained(tmp_path / "fused")
+        e = some_noise()
+        G = drpo.load_generator(str(tmp_path / "fused"), timestep=800)
+        G.noise_scale = 1.0  # LCM's; the tiny base's own Euler scheduler, trailing, begins at sigma
+        settings = {k: v for k, v in pipe.scheduler.config.items() if k.startswith("beta")}
+        how = dict(prompt=PROMPTS, timesteps=[800], guidance_scale=0.0, height=32, width=32,
+                   output_type="latent")
+        pipe.scheduler = diffusers.LCMScheduler(**settings)
+        assert_close(sample_of(G, e), pipe(latents=e.clone(), **how).images.double().numpy(), 5e-5)
+
+        G.add_lora(2, 2.0)
+        for layer in G.lora.values():
+            torch.nn.init.normal_(layer.up, std=0.05)
+        G.save_lora(tmp_path / "tuned")
+        both = diffusers.DiffusionPipeline.from_pretrained(models / "sd")
+        both.set_progress_bar_config(disable=True)
+        both.scheduler = diffusers.LCMScheduler(**settings)
+        both.load_lora_weights(tmp_path / "hyper", adapter_name="hyper")
+        both.load_lora_weights(tmp_path / "tuned", adapter_name="tuned")
+        both.set_adapters(["hyper", "tuned"])
+        want = both(latents=e.clone(), **how).images.double().numpy()
+        assert_close(sample_of(G, e), want, 5e-5)
+
     def test_lightning_predicts_the_sample(self, models):
         """--prediction sample with a `leading` base is EulerDiscreteScheduler(trailing,
         prediction_type="sample") up to Euler's scale of the noise."""

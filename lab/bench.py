@@ -3,10 +3,10 @@
     python lab/bench.py update sd-turbo@48 sd-turbo+compile@48 sdxl-turbo@16    seconds, peak GiB
     python lab/bench.py update sd-turbo@4 sd-turbo@auto/12    micro-batch 4; auto, 12 GiB free
     python lab/bench.py growth 8x24 8x64 1x8                  prompts x candidates, SD-Turbo at 48
-    python lab/bench.py numbers                               bf16, compiled, chunks, against
-    float32 python lab/bench.py cost                                  a reward of 7 billion
-    parameters python lab/bench.py make sd-turbo FOLDER                  a diffusers folder of
-    random weights
+    python lab/bench.py numbers                   bf16, compiled, chunks, against float32
+    python lab/bench.py cost                      a reward of 7 billion parameters
+    python lab/bench.py judge                     ties of a judge, asked for a number or yes or no
+    python lab/bench.py make sd-turbo FOLDER      a diffusers folder of random weights
 
 Every update is one of `drpo.train` itself, read off its metrics.jsonl; the first is left out. A
 model is written once to --folder, then loaded from there as any diffusers folder is. Each row is
@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -559,11 +560,53 @@ def reward_gradient(G, parameters, optimizer, reward, chunk):
     }
 
 
+# ===== ties of a judge
+
+
+def judge(args):
+    """A fake judge at both ways of asking: what it thinks of a picture is normal within a prompt,
+    around a mean that is normal over prompts; asked for a number it says a whole one, asked yes or
+    no its first token has the logistic probability. Counts over 200 prompts of 24 pictures."""
+    from PIL import Image
+
+    rng = torch.Generator().manual_seed(0)
+    pictures = [Image.new("RGB", (8, 8))] * 24
+    ways = {"a number, 0 to 10": "", "a number, 1 to 5": "&scale=1-5", "P(yes)": "&yes=1"}
+    for label, query in ways.items():
+        reward = rewards.load(f"vlm@http://127.0.0.1:9/v1?model=fake{query}")
+        part = next(iter(reward.parts.values()))
+        ties, skipped, anchors = [], [], []
+        for _ in range(200):
+            thoughts = torch.randn((), generator=rng) + torch.randn(24, generator=rng)
+            waiting = thoughts.tolist()
+
+            def post(url, payload, token, who):
+                """One answer as an endpoint gives it; the questions come in any order."""
+                thought = waiting.pop()
+                if part.yes:
+                    p = 1 / (1 + math.exp(-2 * thought))
+                    tokens = [{"token": "Yes", "logprob": math.log(p)}]
+                    tokens.append({"token": "No", "logprob": math.log1p(-p)})
+                    return {"choices": [{"logprobs": {"content": [{"top_logprobs": tokens}]}}]}
+                middle, step = (part.low + part.high) / 2, (part.high - part.low) / 6
+                number = round(min(max(middle + step * thought, part.low), part.high))
+                return {"choices": [{"message": {"content": json.dumps({"score": number})}}]}
+
+            rewards.post_json = post
+            scores = reward(pictures, ["a cat"] * 24)
+            ties.append(float((scores[:, None] == scores).double().mean() * 24 - 1) / 23)
+            positive, negative = drpo.best_and_worst(scores, 8)
+            skipped.append(float(not positive.any() or not negative.any()))
+            anchors.append(int(positive.sum() + negative.sum()))
+        row = {"pairs that tie": statistics.mean(ties), "prompts skipped": statistics.mean(skipped)}
+        print(f"{label}: {row}, anchors of 16: {statistics.mean(anchors):.1f}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("update", "growth", "numbers", "cost", "make"))
+    parser.add_argument("what", choices=("update", "growth", "numbers", "cost", "judge", "make"))
     parser.add_argument("items", nargs="*")
     parser.add_argument(
         "--folder", type=Path, default=Path("/tmp/drpo-bench"), help="where the models are kept"
@@ -581,6 +624,5 @@ if __name__ == "__main__":
     if arguments.what == "make":
         make(arguments.items[0], Path(arguments.items[1]), arguments.device)
     else:
-        {"update": update, "growth": growth, "numbers": numbers, "cost": cost}[arguments.what](
-            arguments
-        )
+        work = {"update": update, "growth": growth, "numbers": numbers, "cost": cost, "judge": judge}
+        work[arguments.what](arguments)

@@ -123,7 +123,7 @@ class Config:
 # scripts of github.com/UGVly/DrPO.
 AUTHORS = dict(reward="pickscore", prompts="pickapic", field="released", radii=(0.02, 0.05, 0.2))
 PRESETS = {
-    "toy": dict(kernel="rbf", average=0.95),  # lab/README.md: no seed of ten tips
+    "toy": dict(kernel="rbf", average=0.95),  # averaged, it tips less: lab/README.md
     "sd-turbo": dict(AUTHORS, steps=1000, features="latent-mae", lr=1e-4),  # P, K, m: defaults
     "sdxl-turbo": dict(AUTHORS, steps=5000, candidates=16, features="unet", lr=1e-5,
                        lambda_ref=0.25)}
@@ -603,7 +603,7 @@ class Generator:
         return out  # "sample": the network predicts x itself
 
     def decode(self, latents):
-        """Latents (B, 4, h, w) -> pictures (B, 3, H, W) in [0, 1], float32; at most 8 at once.
+        """Latents (B, 4, h, w) -> pictures (B, 3, H, W) in [0, 1], float32, in parts that fit.
 
         UserError: a picture that is not finite is no picture."""
         x = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
@@ -668,7 +668,7 @@ def load_generator(name_or_path, *, device="cpu", dtype=torch.float32, unet=Conf
     return G
 
 
-# ===== 4. One update: (A) candidates and their scores, (B) targets, (C) the gradient carried back.
+# ===== 4. One update: (A) candidates and scores, (B) anchors and targets, (C) the gradient back.
 # A field needs the candidates of its prompt alone: as many whole prompts as fit go through at once,
 # with a graph. A prompt that does not fit goes chunk by chunk without one, and (C) samples it once
 # more. The gradient is the same.
@@ -738,13 +738,11 @@ def score_candidates(G, reward, batch, x):
     prompts = [prompt for prompt in batch.prompts for _ in range(K)]
     native = reward.score(pictures, prompts, watch=batch.watch)
     native = {name: values.view(P, K) for name, values in native.items()}
-    scores = reward.combine(native)
-    parts = [name for name in native if not name.startswith("watch/")]
-    for name in parts:
-        values = native.pop(name)
-        if len(parts) > 1:  # a lone part is the score itself
-            native[f"part/{name}"] = values
-    return scores, native
+    parts = {name: values for name, values in native.items() if not name.startswith("watch/")}
+    logged = {name: values for name, values in native.items() if name not in parts}
+    if len(parts) > 1:  # a lone part is the score itself
+        logged.update({f"part/{name}": values for name, values in parts.items()})
+    return reward.combine(native), logged
 
 
 @torch.no_grad()
@@ -768,9 +766,9 @@ def feature_gradients(z, r, best, worst, cfg):
     return gradients, figures
 
 
-def anchors_of(z, scores, m, native):
-    """Maps z (K, T, D) and scores (K,) of a prompt's candidates, native scores {name: (K,)} ->
-    lists of anchors (m, T, D), best and worst, and what is logged of the scores."""
+def anchors_of(z, scores, m, logged):
+    """(B) Maps z (K, T, D) and scores (K,) of a prompt's candidates, {name: (K,)} to be logged ->
+    A+ and A-, lists of (m, T, D), a map each, and figures of the scores."""
     positive, negative = best_and_worst(scores, m)
     best = [h[positive.to(h.device)] for h in z]
     worst = [h[negative.to(h.device)] for h in z]
@@ -779,7 +777,7 @@ def anchors_of(z, scores, m, native):
                "reward_best": max(known), "reward_worst": min(known),
                "gap": scores[positive].mean() - scores[negative].mean(),
                "skipped": 1 - float(positive.any() and negative.any())}
-    figures.update({name: values.nanmean() for name, values in native.items()})
+    figures.update({name: values.nanmean() for name, values in logged.items()})
     return best, worst, figures
 
 
@@ -824,7 +822,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
         part = batch.part(slice(first, first + prompts_at_once))
         with torch.set_grad_enabled(keep_graph):
             x, x_ref, z, r = sample_candidates(G, phi, part, at_once)
-        scores, native = score_candidates(G, reward, part, x)
+        scores, logged = score_candidates(G, reward, part, x)
         gradients = []
         for p in range(len(part.prompts)):
             i = slice(p * K, (p + 1) * K)
@@ -833,7 +831,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
             if part.pairs:
                 best, worst, of_scores = *part.pairs[p], {}
             else:
-                best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(native, p))
+                best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(logged, p))
             of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
             gradients.append(of_maps)
             figures.append({**latent_figures(x[i], x_ref[i]), **of_scores, **of_fields})
@@ -1129,8 +1127,8 @@ class Run:
             if self.made and self.step == 0:
                 with contextlib.suppress(OSError):  # a reward has put something there
                     self.path.rmdir()
-            if isinstance(e, OSError):
-                e = UserError(f"{e.filename}: {e.strerror}")
+            if isinstance(e, OSError) and e.filename:  # of the folder; others are faults of ours
+                e = UserError(f"{e.filename}: {e.strerror}; is the disk full, --out not writable?")
             if isinstance(e, UserError) and self.step:
                 e = UserError(f"step {self.step + 1}: {e} (go on with --resume {self.path})")
             raise e
@@ -1277,7 +1275,7 @@ class Run:
         np.random.set_state(state["random"]["numpy"])
         self.step, self.position = state["at"]["step"], state["at"]["position"]
         self.first = self.step
-        self.metrics = read_metrics(self.path)[:self.step]
+        self.metrics = [m for m in read_metrics(self.path) if m["step"] <= self.step]
         if self.writes:
             lines = [json.dumps(metrics) + "\n" for metrics in self.metrics]
             rewards.write_atomic(self.path / "metrics.jsonl", "".join(lines))
@@ -1346,12 +1344,14 @@ def read_config(folder):
 
 
 def read_metrics(folder):
-    """metrics.jsonl of a run -> a dict of figures a step; a torn last line is left out."""
+    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out."""
     path = Path(folder) / "metrics.jsonl"
     metrics = []
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            metrics.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            figures = json.loads(line)
+            if figures["step"] > 0:
+                metrics.append(figures)
     return metrics
 
 

@@ -211,19 +211,23 @@ def user_reward(name, source, attribute):
     """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
     try:
         with world_kept():
-            if not source.endswith(".py") and os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())
-            load_module = import_file if source.endswith(".py") else importlib.import_module
-            reward = getattr(load_module(source), attribute)
+            if source.endswith(".py"):
+                module = import_file(source)
+            else:
+                if os.getcwd() not in sys.path:
+                    sys.path.append(os.getcwd())
+                module = importlib.import_module(source)
+            reward = getattr(module, attribute)
             reward = reward() if inspect.isclass(reward) else reward
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r}: {one_line(error)}") from error
-    with contextlib.suppress(ValueError):  # a compiled function that tells no signature
-        try:
-            inspect.signature(reward).bind("images", "prompts")
-        except TypeError as error:
-            raise UserError(f"reward {name!r}: it must be callable as f(images, prompts); "
-                            f"{error}") from error
+    try:
+        inspect.signature(reward).bind("images", "prompts")
+    except TypeError as error:
+        raise UserError(f"reward {name!r}: it must be callable as f(images, prompts); {error}"
+                        ) from error
+    except ValueError:  # a compiled function that tells no signature
+        pass
     return reward
 
 

@@ -3431,7 +3431,7 @@ class TestRewardsPyModels:
         for spec, device in (("hpsv3", "cpu"), (f"hpsv3@{tmp_path}", "cuda"),
                              ("hpsv3@/no/file", "cuda")):
             with pytest.raises(UserError,
-                               match="pip install hpsv3 matplotlib tensor") as caught:
+                               match="hpsv3 matplotlib tensorboard rich tyro") as caught:
                 rewards.load(spec, device)
             assert "\n" not in str(caught.value)
 

@@ -227,6 +227,9 @@ TABLES = {
 TABLES["tips"] = {  # what makes a kind tip, by ten seeds each
     "not averaged": dict(average=0.0),
     "not averaged, 12 x 16": dict(average=0.0, batch=12, candidates=16),
+    "not averaged, 12 x 16, lr 1.5e-3, lambda .1": dict(
+        average=0.0, batch=12, candidates=16, lr=1.5e-3, lambda_ref=0.1
+    ),
     "not averaged, 24 x 8, m 4": dict(average=0.0, batch=24, candidates=8, anchors=4),
     "not averaged, anchors remembered": dict(average=0.0, patch="remember"),
 }

@@ -624,5 +624,5 @@ if __name__ == "__main__":
     if arguments.what == "make":
         make(arguments.items[0], Path(arguments.items[1]), arguments.device)
     else:
-        work = {"update": update, "growth": growth, "numbers": numbers, "cost": cost, "judge": judge}
-        work[arguments.what](arguments)
+        works = (update, growth, numbers, cost, judge)
+        {work.__name__: work for work in works}[arguments.what](arguments)

@@ -1344,15 +1344,15 @@ def read_config(folder):
 
 
 def read_metrics(folder):
-    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out."""
+    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out, of two lines of
+    a step, as a run that was killed and went on has them, the later one stays."""
     path = Path(folder) / "metrics.jsonl"
-    metrics = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    metrics = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             figures = json.loads(line)
-            if figures["step"] > 0:
-                metrics.append(figures)
-    return metrics
+            metrics[int(figures["step"])] = figures
+    return [metrics[step] for step in sorted(metrics)]
 
 
 def parse(argv):

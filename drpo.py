@@ -61,11 +61,6 @@ import torch.nn.functional as F
 import rewards
 from rewards import UserError, one_line, pick
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two runs out of one folder
-    fcntl = None
-
 
 def setting(default, help, least=None):
     """One setting: its default, its line in --help, and the least value it takes."""
@@ -88,7 +83,7 @@ class Config:
     batch: int = setting(8, "prompts an update on each GPU (P)", 1)
     candidates: int = setting(24, "pictures a prompt (K)", 1)
     anchors: int = setting(8, "best and worst taken as anchors (m), at most half of K", 1)
-    features: str = setting("vae", "phi: latent-mae, vae, unet, mae, dino, or several; name@path")
+    features: str = setting("vae", "phi: latent-mae, vae, unet, file.py:name, several; name@path")
     field: str = setting("dipole", "dipole: the paper's equations; released: the authors' code")
     kernel: str = setting("laplacian", "kernel k(z, a): laplacian, rbf (the toy's), cosine")
     radii: tuple = setting((0.2, 0.5, 1.0), "bandwidths tau / s, comma-separated")
@@ -346,7 +341,7 @@ def mean_std(h, patch=None):
     return mean.flatten(2).mT, (var + 1e-6).sqrt().flatten(2).mT
 
 
-def vae_features(G, path=None):
+def vae_features(G, path=""):
     """`vae`: the generator's own VAE decoder after mid_block, up_blocks[0] and [1]; of each the
     mean, the std, and the averages of the four quarters as one vector: nine maps."""
     decoder = G.vae.decoder
@@ -392,7 +387,7 @@ def mae_encoder(w, x):
     return h
 
 
-def latent_mae(G, path=None):
+def latent_mae(G, path=""):
     """`latent-mae`: mean and std of the encoder's last stage over all, over 2 x 2 and over 4 x 4
     patches: six maps, the authors' choice for SD-Turbo.
 
@@ -416,7 +411,7 @@ class Reached(Exception):
     """The last layer that is wanted has run."""
 
 
-def unet_features(G, path=None):
+def unet_features(G, path=""):
     """`unet`: the frozen base UNet at t = 100 on latents with noise 0.1, given the prompt, the
     authors' choice for SDXL-Turbo: down_blocks[2], mid_block and up_blocks[0], 4 x 4 average-pooled
     and flattened: three maps. Their noise is drawn anew each time; here phi is a function."""
@@ -446,35 +441,24 @@ def unet_features(G, path=None):
     return phi
 
 
-def vit_features(repo, class_name, G, path=None):
-    """`mae`, `dino`: a vision transformer on the decoded picture, 224 x 224: of hidden_states[12]
-    the mean and the std over the patches, and the class token: three maps."""
-    net = rewards.hub_model(class_name, path or repo).to(G.device, G.dtype)
-    net.config.mask_ratio = 0.0  # ViT-MAE sees all patches, in an order that changes nothing here
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=G.device)
-
-    def phi(x, condition):
-        pictures = F.interpolate(G.decode(x), (224, 224), mode="bicubic", antialias=True)
-        pictures = (pictures - mean[:, None, None]) / std[:, None, None]  # (B, 3, 224, 224)
-        states = net(pictures.to(G.dtype), output_hidden_states=True).hidden_states
-        h = states[min(12, len(states) - 1)].float()  # (B, 1 + patches, D), class token first
-        return [*mean_std(h[:, 1:].mT[..., None]), h[:, :1]]
-
-    return phi
+# name: factory(G, path) -> phi. A new one: add it here, or give file.py:function
+FEATURES = {"latent-mae": latent_mae, "vae": vae_features, "unet": unet_features}
 
 
-FEATURES = {  # name: factory(G, path or None) -> phi. A new one: add it here
-    "latent-mae": latent_mae, "vae": vae_features, "unet": unet_features,
-    "mae": functools.partial(vit_features, "facebook/vit-mae-base", "ViTMAEModel"),  # CC-BY-NC-4.0
-    "dino": functools.partial(vit_features, "facebook/dinov2-base", "Dinov2Model")}  # Apache-2.0
+def feature_factory(item):
+    """`name`, `name@path` or `file.py:function` -> factory, path. UserError: no such."""
+    name, _, path = item.strip().partition("@")
+    if name.partition(":")[0].endswith(".py"):
+        return rewards.imported("feature", name), path
+    return pick("feature", name, FEATURES, "or file.py:function"), path
 
 
 def load_features(spec, G):
     """'vae' or 'latent-mae@file,vae' -> phi(x (B, 4, h, w), condition) -> list of (B, T, D)."""
     parts = []
     for item in spec.split(","):
-        name, _, path = item.strip().partition("@")
-        parts.append(pick("feature", name, FEATURES)(G, path or None))
+        factory, path = feature_factory(item)
+        parts.append(factory(G, path))
 
     def phi(x, condition):
         maps = []
@@ -648,12 +632,10 @@ class Generator:
         self.add_lora(rank, float(rank))
         keys = [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
         parameters = dict(zip(keys, self.parameters()))
-        for key in sorted(state.keys() | parameters.keys()):
-            weight, p = state.get(key), parameters.get(key)
-            if weight is None or p is None or weight.shape != p.shape:
-                raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}: "
-                                f"{key} does not fit")
-            p.data.copy_(weight)
+        if shapes(state) != shapes(parameters):
+            raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}")
+        for key, p in parameters.items():
+            p.data.copy_(state[key])
         return metadata
 
 
@@ -729,8 +711,8 @@ def sample_candidates(G, phi, batch, at_once):
 
 @torch.no_grad()
 def score_candidates(G, reward, batch, x):
-    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} to be logged beside them;
-    the reward sees whole prompts. None, {}: offline pairs need no scores."""
+    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} of the rewards in them and
+    beside them; they see whole prompts. None, {}: offline pairs need no scores."""
     P, K = batch.noise.shape[:2]
     if batch.pairs:
         return None, {}
@@ -738,11 +720,10 @@ def score_candidates(G, reward, batch, x):
     prompts = [prompt for prompt in batch.prompts for _ in range(K)]
     native = reward.score(pictures, prompts, watch=batch.watch)
     native = {name: values.view(P, K) for name, values in native.items()}
-    parts = {name: values for name, values in native.items() if not name.startswith("watch/")}
-    logged = {name: values for name, values in native.items() if name not in parts}
-    if len(parts) > 1:  # a lone part is the score itself
-        logged.update({f"part/{name}": values for name, values in parts.items()})
-    return reward.combine(native), logged
+    scores = reward.combine(native)
+    if len(reward.parts) == 1:  # a lone part is the score itself
+        del native[next(iter(reward.parts))]
+    return scores, native
 
 
 @torch.no_grad()
@@ -766,8 +747,8 @@ def feature_gradients(z, r, best, worst, cfg):
     return gradients, figures
 
 
-def anchors_of(z, scores, m, logged):
-    """(B) Maps z (K, T, D) and scores (K,) of a prompt's candidates, {name: (K,)} to be logged ->
+def anchors_of(z, scores, m, native):
+    """(B) Maps z (K, T, D) and scores (K,) of a prompt's candidates, {name: (K,)} of each reward ->
     A+ and A-, lists of (m, T, D), a map each, and figures of the scores."""
     positive, negative = best_and_worst(scores, m)
     best = [h[positive.to(h.device)] for h in z]
@@ -777,7 +758,8 @@ def anchors_of(z, scores, m, logged):
                "reward_best": max(known), "reward_worst": min(known),
                "gap": scores[positive].mean() - scores[negative].mean(),
                "skipped": 1 - float(positive.any() and negative.any())}
-    figures.update({name: values.nanmean() for name, values in logged.items()})
+    for name, values in native.items():
+        figures[name if name.startswith("watch/") else f"part/{name}"] = values.nanmean()
     return best, worst, figures
 
 
@@ -822,7 +804,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
         part = batch.part(slice(first, first + prompts_at_once))
         with torch.set_grad_enabled(keep_graph):
             x, x_ref, z, r = sample_candidates(G, phi, part, at_once)
-        scores, logged = score_candidates(G, reward, part, x)
+        scores, native = score_candidates(G, reward, part, x)
         gradients = []
         for p in range(len(part.prompts)):
             i = slice(p * K, (p + 1) * K)
@@ -831,7 +813,7 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
             if part.pairs:
                 best, worst, of_scores = *part.pairs[p], {}
             else:
-                best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(logged, p))
+                best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(native, p))
             of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)
             gradients.append(of_maps)
             figures.append({**latent_figures(x[i], x_ref[i]), **of_scores, **of_fields})
@@ -897,7 +879,7 @@ def train(cfg, reward=None, stop=None):
     G = load_generator(cfg.model, device=device, dtype=dtype, unet=cfg.unet,
                        timestep=cfg.timestep, prediction=cfg.prediction)
     phi = load_features(cfg.features, G)
-    torch.manual_seed(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
+    seed_all(cfg.seed)  # the LoRA's start depends on nothing that was drawn while loading
     optimizer = torch.optim.AdamW(G.add_lora(cfg.lora_rank, cfg.lora_alpha), cfg.lr,
                                   weight_decay=cfg.weight_decay, fused=G.device.type == "cuda")
     micro = cfg.micro_batch
@@ -906,12 +888,13 @@ def train(cfg, reward=None, stop=None):
     G.decode_at_once = min(G.decode_at_once, micro)
     if cfg.compile:
         compile_networks(G)
-    run = Run(cfg, G, optimizer, prompts, process == 0)
+    run = Run(cfg, G, optimizer, prompts, writes=process == 0)
     failures = 0  # in a row
 
     with stop or Stop() as stop, run.opened(reward):
         while run.step < cfg.steps and not stop.signal:
             began = time.perf_counter()
+            seed_all(cfg.seed + run.step)  # a reward that draws goes on alike after --resume
             position = run.position + process * cfg.batch
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = run.step % cfg.watch_every == 0 or run.step == cfg.steps - 1
@@ -921,8 +904,7 @@ def train(cfg, reward=None, stop=None):
             run.position += cfg.batch * world
             finite = math.isfinite(norm)
             run.record({"step": run.step, "seconds": time.perf_counter() - began, **metrics,
-                        "grad_norm": norm, "lr": cfg.lr, "applied": finite, "micro_batch": micro},
-                       last=run.step == cfg.steps or stop.signal)
+                        "grad_norm": norm, "lr": cfg.lr, "applied": finite, "micro_batch": micro})
             failures = 0 if finite or G.scaler.get_scale() > 1 else failures + 1
             if failures == 3:
                 raise UserError("the gradient was not finite three times in a row (none was "
@@ -930,13 +912,11 @@ def train(cfg, reward=None, stop=None):
     return run.path
 
 
-def of_type(f, value):
-    """A setting's value, also of numpy, Path or JSON, in the type that `Config` names."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        typed = tuple(map(float, value)) if f.type is tuple else f.type(value)
-        if f.type in (str, tuple) or typed == value:
-            return typed
-    raise UserError(f"{flag(f.name)} is {value!r}; expected a value of type {f.type.__name__}")
+def seed_all(seed):
+    """Seeds every generator that a reward may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
 
 
 def flag(name):
@@ -944,28 +924,41 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def of_type(f, value):
+    """A setting's value, of text, numpy, Path or JSON, in the type that `Config` names."""
+    text = isinstance(value, str)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if f.type is tuple:
+            return tuple(float(number) for number in (value.split(",") if text else value))
+        typed = f.type(value)
+        if f.type is str or typed == value or (text and f.type is not bool):
+            return typed
+    raise UserError(f"{flag(f.name)} is {value!r}; expected a value of type {f.type.__name__}")
+
+
+def in_types(values):
+    """{name: value} -> the settings among them, each of its type. UserError."""
+    return {f.name: of_type(f, values[f.name]) for f in dataclasses.fields(Config)
+            if f.name in values}
+
+
 def resolved(cfg):
     """The settings in their types, paths absolute. UserError: what contradicts itself or names
     nothing, before anything is loaded."""
-    values = {f.name: of_type(f, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    values = in_types(vars(cfg))
     for name in ("out", "resume", "pairs", "model", "unet", "prompts"):
         path = rewards.absolute(values[name])
         named = values[name] in ("", *MODELS, *rewards.PROMPTS)  # a name goes before a file
         if not named and (name == "out" or os.path.exists(path)):
             values[name] = path
-    for name in ("reward", "watch"):
+    for name in ("reward", "watch", "features"):
         values[name] = rewards.absolute_spec(values[name])
-    features = []
-    for item in values["features"].split(","):
-        name, at, path = item.strip().partition("@")
-        pick("feature", name, FEATURES)
-        local = os.path.exists(rewards.absolute(path))
-        features.append(name + at + (rewards.absolute(path) if at and local else path))
-    values["features"] = ",".join(features)
     cfg = dataclasses.replace(cfg, **values)
     pick("kernel", cfg.kernel, KERNELS)
     pick("field", cfg.field, FIELDS)
     pick("dtype", cfg.dtype, ("auto", *DTYPES))
+    for item in cfg.features.split(","):
+        feature_factory(item)
 
     def expect(name, holds, expected):
         if not holds:
@@ -992,25 +985,23 @@ def is_empty(folder):
 
 
 def start(cfg):
-    """Device, seeds, torchrun's process group -> device, dtype, this process, processes."""
+    """Device and torchrun's process group -> device, dtype, this process, processes."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
     env = os.environ if torchrun else {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     process, world, local = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{local}"
+    cuda = device.startswith("cuda")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} is not usable here, cpu is ({one_line(e)})") from None
-    cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    random.seed(cfg.seed)  # a reward may draw from any of these
-    np.random.seed(cfg.seed % 2 ** 32)
-    torch.manual_seed(cfg.seed)
+    seed_all(cfg.seed)
     return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
 
 
@@ -1064,19 +1055,21 @@ def optimizer_step(G, optimizer, cfg, stop, world):
     return norm
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+
+
 class Stop:
-    """Context in which SIGINT, SIGTERM and SIGHUP end a run after the step in hand; the second one
-    ends it at once. signal: the one that came, or 0, also after the context."""
+    """Context in which the first SIGINT, SIGTERM or SIGHUP ends a run after the step in hand, the
+    second at once. signal: the one that came, or 0, also after the context."""
 
     def __init__(self):
         self.signal, self.before, self.pid = 0, {}, os.getpid()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 0)} - {0}:
+            for number in SIGNALS:
                 self.before[number] = signal.signal(number, self.handle)
-        if self.before.get(getattr(signal, "SIGHUP", 0)) is signal.SIG_IGN:  # nohup
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_):
@@ -1085,15 +1078,16 @@ class Stop:
 
     def handle(self, number, frame):
         """The first is remembered. The second, and any in a forked child of a reward, does what it
-        did before this run; where it was ignored then, it ends the run all the same."""
-        own = os.getpid() == self.pid
-        if own and not self.signal:
+        did before this run; a SIGINT that was ignored, as in a background job, ends it too."""
+        before = self.before[number]
+        if before is signal.SIG_IGN and number != signal.SIGINT:  # nohup
+            return
+        if os.getpid() == self.pid and not self.signal:
             self.signal = number
             os.write(2, b"stopping after this step; once more ends it at once\n")
-            return
-        before = self.before[number]
-        signal.signal(number, signal.SIG_DFL if own and before is signal.SIG_IGN else before)
-        os.kill(os.getpid(), number)
+        else:
+            signal.signal(number, signal.SIG_DFL if before is signal.SIG_IGN else before)
+            os.kill(os.getpid(), number)
 
 
 class Run:
@@ -1101,15 +1095,16 @@ class Run:
     write, and nothing is written before the first update is made.
 
     path: the folder, None in torchrun's other processes; step, position: updates and prompts so
-    far; first: the step where this process began; metrics: the figures of every step."""
+    far; first, saved: the steps where this process began and last saved."""
 
     def __init__(self, cfg, G, optimizer, prompts, writes):
         self.cfg, self.G, self.optimizer, self.prompts = cfg, G, optimizer, prompts
-        self.writes, self.made, self.lock = writes, False, None
+        self.writes = writes
         self.path = Path(cfg.resume) if cfg.resume else None
-        self.step = self.position = self.first = 0
+        self.made, self.lock = False, None
+        self.step = self.position = self.first = self.saved = 0
         self.average = [p.detach().clone() for p in G.parameters()]
-        self.metrics = []
+        self.metrics = []  # the figures of every step
 
     @contextlib.contextmanager
     def opened(self, reward):
@@ -1118,11 +1113,10 @@ class Run:
         try:
             self.begin(reward)
             yield
-            if self.writes:
-                self.end()
+            self.save()
+            self.end()
         except BaseException as e:
-            whole = not isinstance(e, KeyboardInterrupt)  # that may come in the middle of a step
-            if self.writes and whole and self.step > self.first:
+            if not isinstance(e, KeyboardInterrupt):  # that may come in the middle of a step
                 self.save()
             if self.made and self.step == 0:
                 with contextlib.suppress(OSError):  # a reward has put something there
@@ -1153,24 +1147,24 @@ class Run:
         settings = dataclasses.asdict(cfg).items()
         print("  ".join(f"{name}={value}" for name, value in settings if value != ""))
         weights = sum(p.numel() for p in G.parameters())
-        print(f"{cfg.batch} prompts x {cfg.candidates} candidates = {cfg.batch * cfg.candidates} "
-              f"pictures an update on each GPU; {len(self.prompts):,} prompts; "
+        print(f"{cfg.batch} of {len(self.prompts):,} prompts x {cfg.candidates} pictures an update; "
               f"{weights:,} trainable weights; {G.dtype} on {G.device}", flush=True)
 
     def claim(self):
         """Makes --out, or the next default name that is free, and locks the folder for this process
         as long as it lives."""
-        given = self.cfg.resume or self.cfg.out
-        what = "pairs" if self.cfg.pairs else Path(self.cfg.reward.partition(":")[0]).stem
-        name = f"{Path(self.cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+        cfg = self.cfg
+        what = "pairs" if cfg.pairs else Path(cfg.reward.partition(":")[0]).stem
+        name = f"{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
         default = rewards.absolute("runs/" + re.sub(r"[^\w.-]+", "-", name))
-        for n in itertools.count(1):
-            self.path = Path(given or (default if n == 1 else f"{default}-{n}"))
-            self.made = not self.path.exists()
-            if self.made or given:
-                break
+        given = cfg.resume or cfg.out
+        self.path = Path(given or default)
+        while not given and self.path.exists():
+            self.path = self.path.with_name(self.path.name + "-too")
+        self.made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl:
+        with contextlib.suppress(ImportError):  # Windows, where nothing keeps two runs apart
+            import fcntl
             self.lock = os.open(self.path, os.O_RDONLY)
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1178,17 +1172,17 @@ class Run:
                 raise UserError(f"{self.path} is in use by another run: wait or stop it") from None
             except OSError:  # a file system without locks
                 pass
-        if not self.cfg.resume and not is_empty(self.path):
+        if not cfg.resume and not is_empty(self.path):
             raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
 
-    def record(self, metrics, last):
+    def record(self, metrics):
         """After a step: its figures, and where it is due a checkpoint and a preview."""
         if not self.writes:
             return
-        cfg = self.cfg
+        cfg, step = self.cfg, self.step
         for a, p in zip(self.average, self.G.parameters()):  # a plain mean at first
-            a.lerp_(p.detach(), max(1 - cfg.average, 1 / self.step))
-        if self.step == self.first + 1:
+            a.lerp_(p.detach(), max(1 - cfg.average, 1 / step))
+        if step == self.first + 1:
             versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers")}
             settings = json.dumps({**dataclasses.asdict(cfg), "versions": versions}, indent=1)
             rewards.write_atomic(self.path / "config.json", settings)
@@ -1198,18 +1192,21 @@ class Run:
         self.metrics.append(metrics)
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(metrics) + "\n")
-        if last or self.step % cfg.log_every == 0 or self.step == self.first + 1:
-            line = figures_line(metrics, cfg.steps)
-            recent = [m["seconds"] for m in self.metrics[self.first + 1:][-10:]]
-            if recent:  # the first step of a process warms up, or compiles: it tells nothing
-                left = int(sum(recent) / len(recent) * (cfg.steps - self.step))
-                line += f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            print(line, flush=True)
-        if last or self.step % cfg.save_every == 0:
+        if step % cfg.log_every == 0 or step in (self.first + 1, cfg.steps):
+            print(figures_line(metrics, cfg.steps) + self.time_left(), flush=True)
+        if step % cfg.save_every == 0:
             self.save()
         every = cfg.preview_every
-        if every and (self.step % every == 0 or self.step in (1, cfg.steps)):
+        if every and (step % every == 0 or step in (1, cfg.steps)):
             self.preview()
+
+    def time_left(self):
+        """By the last ten steps; the first of a process warms up, or compiles: it tells nothing."""
+        recent = [metrics["seconds"] for metrics in self.metrics[self.first + 1:][-10:]]
+        if not recent:
+            return ""
+        left = int(sum(recent) / len(recent) * (self.cfg.steps - self.step))
+        return f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     @contextlib.contextmanager
     def averaged(self):
@@ -1242,51 +1239,46 @@ class Run:
         grid.save(self.path / "samples" / f"step-{self.step:06d}.png")
 
     def save(self):
-        """checkpoint.pt, all that --resume needs, and the LoRA in the formats of others."""
+        """checkpoint.pt, all that --resume needs, and the LoRA in the formats of others; once a
+        step."""
+        if not self.writes or self.saved == self.step:
+            return
         cfg = self.cfg
-        kind, words, *rest = np.random.get_state()
-        state = {"at": {"step": self.step, "position": self.position},
+        state = {"step": self.step, "position": self.position, "metrics": self.metrics,
                  "weights": [p.detach().cpu() for p in self.G.parameters()],
                  "average": [a.cpu() for a in self.average],
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.G.scaler.state_dict(),
-                 "random": {"torch": torch.get_rng_state(), "python": random.getstate(),
-                            "numpy": (kind, words.tolist(), *rest)}}
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.G.scaler.state_dict()}
         rewards.write_atomic(self.path / "checkpoint.pt", lambda f: torch.save(state, f))
         with self.averaged():
             self.G.save_lora(self.path, unet=cfg.unet, timestep=str(cfg.timestep),
                              prediction=cfg.prediction)
+        self.saved = self.step
 
     def load(self):
         """Puts the checkpoint of --resume in place, and takes later steps off the log."""
         with rewards.reading(self.path / "checkpoint.pt", "there is nothing to go on from"):
             state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        parameters = self.G.parameters()
-        if [p.shape for p in parameters] != [w.shape for w in state["weights"]]:
-            raise UserError(f"{self.path}: its LoRA is of another base or --lora-rank")
-        for p, weight in zip(parameters, state["weights"]):
-            p.data.copy_(weight)
-        for a, average in zip(self.average, state.get("average", state["weights"])):
-            a.copy_(average)
+            tensors = self.G.parameters() + self.average
+            for own, saved in zip(tensors, state["weights"] + state["average"], strict=True):
+                if own.shape != saved.shape:
+                    raise ValueError("its LoRA is of another base or --lora-rank")
+                own.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
         self.G.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["torch"])
-        random.setstate(state["random"]["python"])
-        np.random.set_state(state["random"]["numpy"])
-        self.step, self.position = state["at"]["step"], state["at"]["position"]
-        self.first = self.step
-        self.metrics = [m for m in read_metrics(self.path) if m["step"] <= self.step]
+        self.step = self.first = self.saved = state["step"]
+        self.position, self.metrics = state["position"], state["metrics"]
         if self.writes:
             lines = [json.dumps(metrics) + "\n" for metrics in self.metrics]
             rewards.write_atomic(self.path / "metrics.jsonl", "".join(lines))
 
     def end(self):
-        """The last words, and README.md, the model card."""
+        """The last words."""
+        if not self.writes:
+            return
         if self.step < self.cfg.steps:
             print(f"stopped; go on with: python drpo.py --resume {self.path}", file=sys.stderr)
             return
-        if self.metrics:
-            rewards.write_atomic(self.path / "README.md", model_card(self.cfg, self.metrics[-1]))
         samples = f"look at {self.path}/samples; " if self.cfg.preview_every else ""
         print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
 
@@ -1311,48 +1303,10 @@ def figures_line(metrics, steps):
     return "  ".join(parts)
 
 
-def model_card(cfg, metrics):
-    """README.md of a run as the hub reads it: base, licence, figures, how to load it, settings."""
-    base = MODELS.get(cfg.model, cfg.model)
-    base = Path(base).name if os.path.isabs(base) else base
-    known = f"base_model: {base}\n" if "/" in base else ""
-    t = f", timesteps=[{cfg.timestep}]" if cfg.timestep >= 0 else ""
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items()
-                if not re.search("(^|@)/", str(value))}  # nobody's folders are published
-    return f"""---
-license: other
-library_name: diffusers
-tags: [lora, text-to-image]
-{known}widget:
-- text: "above the base, below the LoRA"
-  output: {{url: samples/step-{metrics["step"]:06d}.png}}
----
-A LoRA for {base}, whose licence holds for it, tuned by Drifting Preference Optimization
-(arXiv 2606.02521). {figures_line(metrics, cfg.steps)}
-
-    pipe.load_lora_weights("THIS_REPO")
-    pipe(prompt, num_inference_steps=1, guidance_scale=0{t}).images[0]
-
-Settings: `{json.dumps(settings)}`
-"""
-
-
 def read_config(folder):
     """config.json of a run as a dict. UserError: no run's folder."""
     with rewards.reading(Path(folder) / "config.json", "expected the folder of a run"):
         return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-
-
-def read_metrics(folder):
-    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out, of two lines of
-    a step, as a run that was killed and went on has them, the later one stays."""
-    path = Path(folder) / "metrics.jsonl"
-    metrics = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            figures = json.loads(line)
-            metrics[int(figures["step"])] = figures
-    return [metrics[step] for step in sorted(metrics)]
 
 
 def parse(argv):
@@ -1364,22 +1318,16 @@ def parse(argv):
     def fail(message):
         raise UserError(f"{message} (python drpo.py --help lists the settings)")
 
-    def numbers(text):
-        return tuple(float(number) for number in text.split(","))
-
     parser.error = fail
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        kind = {"type": numbers if f.type is tuple else f.type}
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
+        action = "store_true" if f.type is bool else "store"
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, action=action)
+    given = in_types(vars(parser.parse_args(argv)))
     if "resume" not in given:
         return Config.preset(given.pop("model", Config.model), **given)
     saved = read_config(rewards.absolute(given["resume"]))
-    own = {f.name: of_type(f, saved[f.name]) for f in dataclasses.fields(Config) if f.name in saved}
-    return Config(**{**own, "out": "", **given})
+    return Config(**{**in_types(saved), "out": "", **given})
 
 
 def main(argv=None):
@@ -1517,6 +1465,11 @@ def kohya_name(name, xl):
                  "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
         flat = place + flat[match.end():]
     return "lora_unet_" + flat
+
+
+def shapes(state):
+    """{name: tensor} -> {name: shape}."""
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def write_lora(G, folder, metadata):

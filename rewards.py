@@ -177,7 +177,7 @@ def absolute_spec(spec):
         name, weight = split_weight(item.strip())
         tail = item.strip()[len(name):]
         known, at, path = name.partition("@")
-        if at and known in REWARDS and "://" not in path and os.path.exists(absolute(path)):
+        if at and "://" not in path and os.path.exists(absolute(path)):
             name = f"{known}@{absolute(path)}"
         file, colon, attribute = name.rpartition(":")
         if file.endswith(".py") and os.path.exists(absolute(file)):
@@ -199,7 +199,7 @@ def build(name, device="cpu"):
             return REWARDS[known](device, path or None)
     source, _, attribute = name.rpartition(":")
     if source and attribute.isidentifier():
-        return user_reward(name, source, attribute)
+        return user_reward(name)
     near = ", ".join(difflib.get_close_matches(known, REWARDS, n=3, cutoff=0.5))
     hint = "for all names: python rewards.py list"
     if name.endswith(".py"):
@@ -207,8 +207,9 @@ def build(name, device="cpu"):
     raise UserError(f"unknown reward {name!r}{f'; nearest: {near}' if near else ''}; {hint}")
 
 
-def user_reward(name, source, attribute):
-    """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
+def imported(kind, name):
+    """`file.py:attribute` or `module:attribute` -> the attribute; a class is made. UserError."""
+    source, _, attribute = name.rpartition(":")
     try:
         with world_kept():
             if source.endswith(".py"):
@@ -217,10 +218,15 @@ def user_reward(name, source, attribute):
                 if os.getcwd() not in sys.path:
                     sys.path.append(os.getcwd())
                 module = importlib.import_module(source)
-            reward = getattr(module, attribute)
-            reward = reward() if inspect.isclass(reward) else reward
+            found = getattr(module, attribute)
+            return found() if inspect.isclass(found) else found
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward {name!r}: {one_line(error)}") from error
+        raise UserError(f"{kind} {name!r}: {one_line(error)}") from error
+
+
+def user_reward(name):
+    """`file.py:attribute` or `module:attribute` -> a callable of (images, prompts)."""
+    reward = imported("reward", name)
     try:
         inspect.signature(reward).bind("images", "prompts")
     except TypeError as error:
@@ -617,15 +623,6 @@ def frozen(cls, source, exact=False, **options):
     return model.eval().requires_grad_(False)
 
 
-def hub_model(class_name, source):
-    """A frozen network of transformers from a folder or the hub, its weights whole."""
-    import transformers
-    quiet_libraries()
-    with reading(f"features: {source}", "for a local copy give NAME@/path/to/folder"):
-        folder = source if Path(source).is_dir() else hub_folder(source)
-        return frozen(getattr(transformers, class_name), folder)
-
-
 def half_on(device):
     """float16 on a GPU (CLIP models were trained and are served in it), float32 on the CPU."""
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
@@ -677,7 +674,7 @@ def scene(device="cpu", path=None):
     source   lab/scene.py
     compared nothing: it is the original
     """
-    return user_reward("scene", str(HERE / "lab" / "scene.py"), "scene")
+    return user_reward(f"{HERE}/lab/scene.py:scene")
 
 
 def incompressibility(images, prompts):
@@ -1091,8 +1088,7 @@ def geneval(device="cpu", path=None):
     path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in
              mask2former/ and clip/
     """
-    make = user_reward("geneval", str(HERE / "lab" / "geneval.py"), "geneval")
-    return make(device, path)
+    return user_reward(f"{HERE}/lab/geneval.py:geneval")(device, path)
 
 
 # ===== rewards behind a URL

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import curve  # noqa: E402
 import drpo  # noqa: E402
 import rewards  # noqa: E402
 
@@ -298,7 +299,7 @@ def measured(args, cfg, reward):
     out = args.folder / f"run-{time.time():.0f}"
     with contextlib.redirect_stdout(sys.stderr):
         drpo.train(dataclasses.replace(cfg, out=str(out)), reward=reward)
-    metrics = drpo.read_metrics(out)
+    metrics = curve.read_metrics(out)
     seconds = [m["seconds"] for m in metrics[1:]]
     row = {"s": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {
@@ -380,6 +381,8 @@ def growth(args):
 class FixedScores:
     """Stands for a reward: each candidate of a prompt has a score of its own, whatever the
     picture."""
+
+    parts = {"fixed": None}
 
     def score(self, images, prompts, watch=False):
         return {"fixed": torch.zeros(len(images), dtype=torch.float64)}

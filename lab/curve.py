@@ -3,12 +3,26 @@
 Reward (band: best to worst of a prompt), every watched reward, and diversity, over steps. Needs
 matplotlib, which is no requirement of the project.
 """
+import contextlib
+import json
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import drpo  # noqa: E402
 import rewards  # noqa: E402
+
+
+def read_metrics(folder):
+    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out, of two lines of
+    a step, as a run that was killed and went on has them, the later one stays."""
+    path = Path(folder) / "metrics.jsonl"
+    metrics = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            figures = json.loads(line)
+            metrics[int(figures["step"])] = figures
+    return [metrics[step] for step in sorted(metrics)]
 
 
 def draw(folder):
@@ -18,7 +32,7 @@ def draw(folder):
     except ImportError:
         raise rewards.UserError("lab/curve.py needs matplotlib: pip install matplotlib") from None
     drpo.read_config(folder)
-    metrics = drpo.read_metrics(folder)
+    metrics = read_metrics(folder)
     if not metrics:
         raise rewards.UserError(f"{folder}: no step is made yet, there is no curve")
     names = sorted({name for m in metrics for name in m if name.startswith("watch/")})

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import ablate  # noqa: E402
+import card  # noqa: E402
 import drpo  # noqa: E402
 import geneval  # noqa: E402
 import make_toy  # noqa: E402
@@ -40,12 +42,7 @@ from person import Person  # noqa: E402
 from scene import scene  # noqa: E402
 
 from test_drpo import (
-    assert_close,
-    as_batch,
-    in_float64,
-    loop_drift,
-    mean_scale,
-    reward_of,
+    assert_close, as_batch, in_float64, loop_drift, mean_scale, reward_of,
 )  # noqa: E402
 
 def found_box(*boxes, score=0.95):
@@ -54,8 +51,7 @@ def found_box(*boxes, score=0.95):
 _RW_LEFT, _RW_RIGHT, _RW_LOW = (0, 40, 20, 60), (80, 40, 100, 60), (0, 80, 20, 100)
 
 _RW_TWO = {
-    "tag": "two_object",
-    "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
+    "tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
 }
 
 _RW_COUNT = {
@@ -68,10 +64,8 @@ _RW_COLOUR = {"tag": "color_attr", "include": [{"class": "dog", "count": 1, "col
                                                {"class": "cat", "count": 1, "color": "blue"}]}
 
 _RW_PLACE = {
-    "tag": "position",
-    "include": [
-        {"class": "cat", "count": 1},
-        {"class": "dog", "count": 1, "position": ["left of", 0]},
+    "tag": "position", "include": [
+        {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]},
     ],
 }
 
@@ -110,8 +104,7 @@ class ColourClip:
 
 GENEVAL_VERDICTS = int(
     "2008040140A800A4280010000201912C800000804464480000"
-    "10080000000000003800040801020000040200008000200000",
-    16,
+    "10080000000000003800040801020000040200008000200000", 16,
 )
 
 
@@ -162,10 +155,7 @@ def rendered():
     kind, spec = torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows])
     slots = make_toy.objects(kind, spec, make_toy.projections(noise))
     return (
-        [r[0] for r in rows],
-        kind,
-        spec,
-        slots,
+        [r[0] for r in rows], kind, spec, slots,
         torch.rand(len(rows), generator=torch.Generator().manual_seed(1)),
     )
 
@@ -209,8 +199,7 @@ class TestGenEval:
             objects = {name: [Found(tuple(row[:4]), round(float(row[4]), 6)) for row in found]
                        for name, found in rows.items()}
             got = geneval.judge(
-                wanted,
-                geneval.confident(objects, wanted["tag"]),
+                wanted, geneval.confident(objects, wanted["tag"]),
                 lambda found, name: [geneval.COLOURS[int(f.box[0]) % 3] for f in found],
             )
             assert (got[1] == 1) == got[0]
@@ -218,19 +207,14 @@ class TestGenEval:
         assert int(verdicts, 2) == GENEVAL_VERDICTS
 
     @pytest.mark.parametrize(
-        "wanted, objects, correct, dense",
-        [
+        "wanted, objects, correct, dense", [
             (
                 {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
-                {"dog": found_box(_RW_LEFT)},
-                True,
-                1,
+                {"dog": found_box(_RW_LEFT)}, True, 1,
             ),
             (
                 {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
-                {"cat": found_box(_RW_LEFT)},
-                False,
-                0,
+                {"cat": found_box(_RW_LEFT)}, False, 0,
             ),
             (_RW_TWO, {"dog": found_box(_RW_LEFT, _RW_LOW), "cat": found_box(_RW_RIGHT)}, True, 1),
             (_RW_TWO, {"dog": found_box(_RW_LEFT)}, False, 0.5),
@@ -275,8 +259,7 @@ class TestGenEval:
                               {"class": "dog", "count": 1, "position": ["left of", 0]}]}
         objects = {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}
         assert geneval.judge(wanted, objects, lambda found, name: ["blue"]) == (
-            False,
-            pytest.approx(0.5),
+            False, pytest.approx(0.5),
         )
         assert geneval.judge(wanted, objects, lambda found, name: ["red"]) == (True, 1)
 
@@ -296,8 +279,7 @@ class TestGenEval:
         assert [f.box for f in kept["dog"]] == ["b"] and kept["cat"] == []
 
     @pytest.mark.parametrize(
-        "a, b, relations",
-        [
+        "a, b, relations", [
             ((0, 0, 10, 10), (50, 0, 60, 10), {"left of"}),
             ((50, 0, 60, 10), (0, 0, 10, 10), {"right of"}),
             ((0, 0, 10, 10), (0, 50, 10, 60), {"above"}),
@@ -410,17 +392,13 @@ class TestGenEval:
             )
             assert judge.correct(batch, prompts) == [c[3] for c in cases]
         mixed = [
-            images[0],
-            images[1].resize((32, 32)).crop((0, 0, 32, 31)),
-            images[2],
+            images[0], images[1].resize((32, 32)).crop((0, 0, 32, 31)), images[2],
         ]  # sizes may differ
         detect_sizes = []
         judge.detect = lambda x: detect_sizes.append(tuple(x.shape)) or [{}] * len(x)
         assert judge.correct(mixed, prompts[:3]) == [False] * 3 and len(detect_sizes) == 3
         assert [judge.tag(p) for p in ("a red dog", "one dog", "a poem")] == [
-            "colors",
-            "counting",
-            None,
+            "colors", "counting", None,
         ]
         assert judge.prompts == ["a red dog", "one dog"]
         file.write_text(
@@ -442,24 +420,13 @@ class TestGenEval:
             library.Mask2FormerPreTrainedModel, "_init_weights", lambda self, module: None
         )
         backbone = SwinConfig(
-            embed_dim=12,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 2, 3, 4],
-            window_size=4,
+            embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4], window_size=4,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         )
         config = Mask2FormerConfig(
-            backbone_config=backbone,
-            hidden_dim=32,
-            feature_size=32,
-            mask_feature_size=32,
-            encoder_layers=1,
-            decoder_layers=3,
-            num_queries=7,
-            dim_feedforward=32,
-            encoder_feedforward_dim=32,
-            num_attention_heads=4,
-            num_labels=80,
+            backbone_config=backbone, hidden_dim=32, feature_size=32, mask_feature_size=32,
+            encoder_layers=1, decoder_layers=3, num_queries=7, dim_feedforward=32,
+            encoder_feedforward_dim=32, num_attention_heads=4, num_labels=80,
         )
         torch.manual_seed(0)
         whole = library.Mask2FormerForUniversalSegmentation(config).eval()
@@ -482,10 +449,7 @@ class TestGenEval:
         )
         assert len(detector(torch.full((1, 3, 50, 100), .5))) == 1
         assert seen[0].shape == (
-            1,
-            3,
-            672,
-            1344,
+            1, 3, 672, 1344,
         )  # short side 800 would make the long one 1600: 1333 and padding to 32
         assert torch.allclose(seen[0][0, :, 100, 100], (.5 - torch.tensor([.485, .456, .406]))
                               / torch.tensor([.229, .224, .225]), atol=1e-5)
@@ -646,22 +610,12 @@ class TestToy:
                 folder = tmp_path / f"{label}-seed{seed}"
                 folder.mkdir()
                 job = dict(
-                    label=label,
-                    seed=seed,
-                    settings=settings | {"steps": 3},
-                    device="cpu",
+                    label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu",
                     samples=8,
                 )
                 result = dict(
-                    right=right,
-                    right_base=0.4,
-                    diversity_right=None,
-                    diversity=1.0,
-                    distance=0.1,
-                    reward=0.6,
-                    reward_base=0.5,
-                    minutes=1.0,
-                    **opened,
+                    right=right, right_base=0.4, diversity_right=None, diversity=1.0, distance=0.1,
+                    reward=0.6, reward_base=0.5, minutes=1.0, **opened,
                 )
                 (folder / "result.json").write_text(json.dumps(job | result))
         monkeypatch.setattr(
@@ -876,6 +830,29 @@ class TestPaper:
         assert drpo_row[head.index("pickapic-test: pickscore")] == "23.49"
         assert drpo_row[head.index("parti: imagereward")] == "7.46"
         assert drpo_row[head.index("parti: hpsv2")] == ""
+
+
+class TestCard:
+    def test_the_hub_reads_it(self, tmp_path):
+        """huggingface_hub's own parser; nobody's folders are published, nothing is replaced."""
+        from huggingface_hub import ModelCard
+        out = tmp_path / "run"
+        drpo.train(drpo.Config(
+            model=str(drpo.MODELS["toy"]), reward="jpeg", steps=1, batch=1, candidates=4, anchors=2,
+            timestep=998, out=str(out), device="cpu"))
+        text = card.card(out)
+        assert str(tmp_path) not in text
+        read = ModelCard(text).data
+        assert read.tags == ["lora", "text-to-image"]
+        assert read.widget[0]["output"]["url"] == "samples/step-000001.png"
+        assert "timesteps=[998]" in text
+        settings = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**settings, "model": "sd-turbo"}))
+        assert ModelCard(card.card(out)).data.base_model == "stabilityai/sd-turbo"
+        (out / "README.md").write_text("mine")
+        done = subprocess.run([sys.executable, card.__file__, str(out)], capture_output=True)
+        assert done.returncode == 2
+        assert (out / "README.md").read_text() == "mine"
 
 
 class TestOcr:

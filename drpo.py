@@ -1147,7 +1147,7 @@ class Run:
         settings = dataclasses.asdict(cfg).items()
         print("  ".join(f"{name}={value}" for name, value in settings if value != ""))
         weights = sum(p.numel() for p in G.parameters())
-        print(f"{cfg.batch} of {len(self.prompts):,} prompts x {cfg.candidates} pictures an update; "
+        print(f"{cfg.batch} of {len(self.prompts):,} prompts x {cfg.candidates} pictures a step; "
               f"{weights:,} trainable weights; {G.dtype} on {G.device}", flush=True)
 
     def claim(self):

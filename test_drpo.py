@@ -1175,7 +1175,8 @@ class TestFeatures:
             for layer in list(net.encoder.layer)[:12]:
                 h = layer(h)
                 h = h[0] if isinstance(h, tuple) else h
-            compare_maps(drpo.load_features(f"{VIT}:dino@{tmp_path}", G)(x, None), vit_maps(h), 1e-3)
+            phi = drpo.load_features(f"{VIT}:dino@{tmp_path}", G)
+            compare_maps(phi(x, None), vit_maps(h), 1e-3)
 
     @pytest.mark.parametrize("form", MAE_FILES)
     def test_latent_mae_is_the_authors(self, form, models, tmp_path):
@@ -1977,7 +1978,7 @@ class TestARun:
         run = RunProcess(command(models, preview_every=2, watch="jpeg", lora_alpha=3), home)
         assert run.wait() == 0, run.err
         folder = home / "run"
-        assert "2 of 5 prompts x 4 pictures an update" in run.out
+        assert "2 of 5 prompts x 4 pictures a step" in run.out
         assert "step 4/4" in run.out
         assert "left" in run.out
         config = json.loads((folder / "config.json").read_text())

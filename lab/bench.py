@@ -388,7 +388,8 @@ class FixedScores:
         return {"fixed": torch.zeros(len(images), dtype=torch.float64)}
 
     def combine(self, scores):
-        return torch.rand(len(scores["fixed"]), generator=torch.Generator().manual_seed(0))
+        P, K = scores["fixed"].shape
+        return torch.rand(K, generator=torch.Generator().manual_seed(0)).expand(P, K)
 
 
 def gradients(G, features, micro):

@@ -19,6 +19,7 @@ All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 res
 The same command twice on a CPU writes the same report.json bit for bit; speeds go to timing.json.
 """
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -41,9 +42,9 @@ def interval(total, count, resamples=2000, seed=0):
     """sum(total) / sum(count) over prompts, both (P,), and its 95% bootstrap interval.
 
     -> [value, low, high]; None: a value of no pictures, an interval of a single prompt."""
-    total = np.asarray(total, np.float64)
-    count = np.asarray(count, np.float64)
-    total, count = total[count > 0], count[count > 0]
+    some = np.asarray(count) > 0
+    total = np.asarray(total, np.float64)[some]
+    count = np.asarray(count, np.float64)[some]
     n = len(total)
     if n < 2:
         return [mean_or_none(total / count), None, None]
@@ -60,7 +61,8 @@ def mean_interval(values):
 
 def compare(base, tuned):
     """Scores (P, N) of the same prompts and noise -> mean, paired difference, win rate of tuned."""
-    base, tuned = np.asarray(base, np.float64), np.asarray(tuned, np.float64)
+    base = np.asarray(base, np.float64)
+    tuned = np.asarray(tuned, np.float64)
     return {"mean": mean_interval(tuned), "difference": mean_interval(tuned - base),
             "win_rate": mean_interval((np.sign(tuned - base) + 1) / 2)}
 
@@ -105,7 +107,8 @@ def generate(G, prompts, n, seed, at_once):
     for first in range(0, len(prompts), together):
         index = range(first, min(first + together, len(prompts)))
         condition = G.encode([prompts[p] for p in index])
-        latents, pictures = [], []
+        latents = []
+        pictures = []
         for chunk in torch.arange(len(index) * n).split(at_once):
             noise = []
             for f in chunk.tolist():
@@ -127,13 +130,16 @@ class Pictures:
 
     def __init__(self, G, prompts, n, args, reward):
         """n pictures of each prompt; kept are those that the report shows or a judge looks at."""
-        latents, scores, right = [], {}, {}
+        latents = []
+        scores = {}
+        right = {}
         self.kept = {}
-        self.seconds, began = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        began = time.perf_counter()
         for index, x, pictures in generate(G, prompts, n, args.seed, args.batch):
             self.seconds += time.perf_counter() - began
             latents.append(x)
-            images = [image for row in pictures for image in row]
+            images = list(itertools.chain(*pictures))
             texts = [prompts[p] for p in index for _ in range(n)]
             for name, values in reward.score(images, texts).items():
                 scores.setdefault(name, []).append(values.view(-1, n))
@@ -209,12 +215,11 @@ def open_run(path):
     return saved
 
 
-def load_tuned(G, saved, any_base):
+def load_tuned(G, saved):
     """Put a run's LoRA into the generator, whose reference stays the base."""
-    made_for = saved["made_for"]
-    if Path(made_for).name != Path(G.name).name and not any_base:
-        raise UserError(f"{saved['file']} was made for the base {made_for}, not for {G.name} "
-                        "(--any-base tries it all the same)")
+    if Path(saved["made_for"]).name != Path(G.name).name:
+        raise UserError(f"{saved['file']} was made for the base {saved['made_for']}, not for "
+                        f"{G.name}")
     G.load_lora(saved["file"])
 
 
@@ -273,7 +278,7 @@ def prepare(args):
         (args.out / ".writable").unlink()
     except OSError as e:
         raise UserError(f"--out {args.out}: {e.strerror}; name another folder") from e
-    runs = [open_run(path) for path in args.runs]
+    runs = list(map(open_run, args.runs))
     for name in ("model", "unet", "timestep", "prediction"):
         values = {run[name] for run in runs}
         if len(values) > 1 and not (name == "model" and args.model):
@@ -286,7 +291,9 @@ def prepare(args):
     prompts = evenly(prompts, args.limit or len(prompts))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
-    dtype = args.dtype.replace("auto", "bf16" if args.device.startswith("cuda") else "fp32")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bf16" if args.device.startswith("cuda") else "fp32"
     how = {name: runs[0][name] for name in ("unet", "timestep", "prediction")}
     G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], **how)
     return G, runs, prompts
@@ -300,7 +307,8 @@ def figures(base, other, reward, prompts):
              "right_diversity": {}, "distance": float((other.x - base.x).square().mean().sqrt()),
              "per_prompt": {}}
     for name in base.right:
-        a, b = base.right[name].numpy(), other.right[name].numpy()  # (P, N)
+        a = base.right[name].numpy()  # (P, N)
+        b = other.right[name].numpy()
         tags = np.array([tag_of(reward.parts[name], prompt) for prompt in prompts])
         groups = {"all": tags != "None"}
         for tag in sorted(set(tags) - {"None", "all"}):
@@ -320,7 +328,8 @@ def evaluate(args):
     G, runs, prompts = prepare(args)
     reward, ranked = choose_rewards(args, runs)
     args.shown = evenly(range(len(prompts)), 8)
-    speed, columns = {}, {}
+    speed = {}
+    columns = {}
 
     def pictures(label, best_of=1):
         found = Pictures(G, prompts, args.samples * best_of, args, reward)
@@ -332,7 +341,7 @@ def evaluate(args):
     with G.reference():
         pictures("base")
     for label, saved in zip(labels_of(args.runs), runs):
-        load_tuned(G, saved, args.any_base)
+        load_tuned(G, saved)
         pictures(label)
     if args.best_of > 1:
         label = f"base best-of-{args.best_of}"
@@ -475,7 +484,7 @@ def aligned(lines):
     out = []
     for line in lines:
         out.append("| " + " | ".join(map(str.ljust, line, width)) + " |")
-    out.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
+    out.insert(1, re.sub("[^|]", "-", out[0]))
     return "\n".join(out) + "\n"
 
 
@@ -506,7 +515,8 @@ def judge(address, prompts, base, tuned):
             return np.nan
         found = re.findall(r"answer\W*(a|b|tie)\b", reply, re.I)
         found = found or re.findall(r"^\W*(a|b|tie)\W*$", reply, re.I)
-        return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else np.nan
+        said = found[-1].lower() if found else ""
+        return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(said, np.nan)
 
     with ThreadPoolExecutor(8) as pool:
         first = np.array(list(pool.map(ask, prompts, base, tuned)))  # base shown first
@@ -531,15 +541,17 @@ def side_by_side(args):
     names = ["base", *labels_of(args.runs)]
     for label, saved in zip(names, [None, *runs]):
         if saved:
-            load_tuned(G, saved, args.any_base)  # before it the generator is the base
+            load_tuned(G, saved)  # before it the generator is the base
         row = []
         for _, _, pictures in generate(G, prompts, each, args.seed, args.batch):
-            row += [picture for of_prompt in pictures for picture in of_prompt]
+            row += itertools.chain(*pictures)
         for n, picture in enumerate(row):
             name = f"{n // each:02d}-{n % each}-{file_name(label)}.png"
             picture.save(args.out / "generate" / name)
         rows.append(row)
-    captions = [prompts[n // each] if n % each == 0 else "" for n in range(len(prompts) * each)]
+    captions = []
+    for prompt in prompts:
+        captions += [prompt] + [""] * (each - 1)
     picture_grid(rows, captions, names).save(args.out / "generate.png")
     print(f"written: {args.out}/generate.png, and the pictures in {args.out}/generate/")
 
@@ -565,17 +577,15 @@ def parse(argv):
     add("--batch", type=int, default=16, help="pictures at once [%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    add("--any-base", action="store_true", help="accept a LoRA whose file names another base")
 
     def fail(message):
         raise UserError(f"{message} (python eval.py --help lists the options)")
 
     p.error = fail
     args = p.parse_args(argv)
-    first = Path(rewards.absolute(args.runs[0] if args.runs else "."))
-    if not args.out:
-        args.out = (first if first.is_dir() else first.parent) / "eval"
-    args.out = Path(rewards.absolute(args.out))
+    first = Path(rewards.absolute(*args.runs[:1] or "."))
+    folder = first if first.is_dir() else first.parent
+    args.out = Path(rewards.absolute(args.out or folder / "eval"))
     if args.prompts not in rewards.PROMPTS and args.prompts:
         args.prompts = rewards.absolute(args.prompts)
     return args

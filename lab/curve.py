@@ -5,6 +5,7 @@ matplotlib, which is no requirement of the project.
 """
 import contextlib
 import json
+import operator
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def read_metrics(folder):
     a step, as a run that was killed and went on has them, the later one stays."""
     path = Path(folder) / "metrics.jsonl"
     metrics = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             figures = json.loads(line)
             metrics[int(figures["step"])] = figures
@@ -39,12 +41,13 @@ def draw(folder):
     names = ["reward_mean", *names, "diversity"]
     figure = Figure(figsize=(4.6 * len(names), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names)), names):
-        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-        if name == "reward_mean":
-            band = [(m["step"], m["reward_worst"], m["reward_best"]) for m in metrics
-                    if m.get("reward_best") is not None]
-            axis.fill_between(*zip(*band), alpha=0.2) if band else None
-        axis.plot(*zip(*points), marker="." if len(points) < 40 else "") if points else None
+        known = [m for m in metrics if m.get(name) is not None]  # null: no opinion
+        if name == "reward_mean" and known:
+            band = operator.itemgetter("step", "reward_worst", "reward_best")
+            axis.fill_between(*zip(*map(band, known)), alpha=0.2)
+        if known:
+            points = map(operator.itemgetter("step", name), known)
+            axis.plot(*zip(*points), marker="." if len(known) < 40 else "")
         axis.set_title(name.removeprefix("watch/"))
         axis.set_xlabel("step")
     figure.savefig(Path(folder) / "curve.png", dpi=110)

@@ -184,10 +184,8 @@ class Detector:
         scale = min(800 / min(size), 1333 / max(size))
         inside = [round(scale * side) for side in size]
         x = F.interpolate(images, size=inside, mode="bilinear", antialias=True)
-        mean, std = (
-            rewards.constants(c, self.device)
-            for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
+        mean = rewards.constants((0.485, 0.456, 0.406), self.device)
+        std = rewards.constants((0.229, 0.224, 0.225), self.device)
         x = F.pad((x - mean) / std, (0, -inside[1] % 32, 0, -inside[0] % 32))
         classes, masks = self.logits(x)
         return [detections(c, m, x.shape[-2:], inside, size) for c, m in zip(classes, masks)]

@@ -11,6 +11,7 @@ intervals of a bootstrap over prompts; the published rows have none. The publish
 trained on the 553 prompts that it is tested on."""
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -93,7 +94,7 @@ def read_lines(file):
     if not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
         rewards.write_atomic(file, text)
-    return [json.loads(line) for line in text.splitlines()]
+    return list(map(json.loads, text.splitlines()))
 
 
 def column(args, label, name, reward):
@@ -114,9 +115,10 @@ def table(args, labels, sets, judges):
     for name in sets:
         parts = list(judges[name].parts)
         parts += [f"{part}: right" for part in evaluation.checkers(judges[name])]
-        columns += [(name, part) for part in sorted(parts, key=lambda p: (p not in SHOWN, p))]
-    lines = [["", *[f"{name}: {part}" for name, part in columns]]]
-    known = [(name, part) for name in ("pickapic-test", "parti") for part in SHOWN]
+        shown = [part for part in SHOWN if part in parts]
+        columns += itertools.product([name], shown + sorted(set(parts) - set(shown)))
+    lines = [["", *map(": ".join, columns)]]
+    known = list(itertools.product(("pickapic-test", "parti"), SHOWN))
     for title, figures in PUBLISHED.get(args.published, {}).items():
         row = dict(zip(known, figures))
         lines.append([f"{title} (published)", *[str(row.get(key, "")) for key in columns]])
@@ -128,13 +130,14 @@ def table(args, labels, sets, judges):
 
 def paper(args):
     """Scores base and runs on every set, and prints the table."""
-    runs = [evaluation.open_run(path) for path in args.runs]
+    runs = list(map(evaluation.open_run, args.runs))
     bases = {run["model"] for run in runs}
     if len(bases) > 1:
         raise UserError(f"runs of different bases, {' and '.join(sorted(bases))}: one at a time")
     first = runs[0]
     args.published = "toy" if first["model"] == "toy" else drpo.preset_of(first["model"])
-    prompts, judges = {}, {}
+    prompts = {}
+    judges = {}
     for name in args.sets:
         prompts[name] = rewards.load_prompts(name)[:args.limit]
         default = "scene" if name.startswith("scenes") else "geneval"
@@ -146,7 +149,7 @@ def paper(args):
     labels = ["base", *evaluation.labels_of(args.runs)]
     for label, run in zip(labels, [None, *runs]):
         if run:
-            evaluation.load_tuned(G, run, any_base=False)  # before it the generator is the base
+            evaluation.load_tuned(G, run)  # before it the generator is the base
         for name in args.sets:
             for seed in args.seeds:
                 file = args.out / f"{evaluation.file_name(label)}-{name}-{seed}.jsonl"
@@ -171,7 +174,7 @@ def main(argv=None):
     parser.add_argument("--device", default=device)
     with rewards.one_line_errors():
         args = parser.parse_args(argv)
-        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+        args.seeds = list(map(int, args.seeds.split(",")))
         args.sets = args.sets.split(",")
         run = Path(rewards.absolute(args.runs[0]))
         args.out = args.out or (run if run.is_dir() else run.parent) / "paper"

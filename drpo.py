@@ -1244,7 +1244,7 @@ class Run:
         if not self.writes or self.saved == self.step:
             return
         cfg = self.cfg
-        state = {"step": self.step, "position": self.position, "metrics": self.metrics,
+        state = {"at": {"step": self.step, "position": self.position}, "metrics": self.metrics,
                  "weights": [p.detach().cpu() for p in self.G.parameters()],
                  "average": [a.cpu() for a in self.average],
                  "optimizer": self.optimizer.state_dict(), "scaler": self.G.scaler.state_dict()}
@@ -1263,11 +1263,11 @@ class Run:
                 if own.shape != saved.shape:
                     raise ValueError("its LoRA is of another base or --lora-rank")
                 own.data.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.G.scaler.load_state_dict(state["scaler"])
+            self.step = self.first = self.saved = state["at"]["step"]
+            self.position, self.metrics = state["at"]["position"], state["metrics"]
         self.optimizer.param_groups[0].update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
-        self.G.scaler.load_state_dict(state["scaler"])
-        self.step = self.first = self.saved = state["step"]
-        self.position, self.metrics = state["position"], state["metrics"]
         if self.writes:
             lines = [json.dumps(metrics) + "\n" for metrics in self.metrics]
             rewards.write_atomic(self.path / "metrics.jsonl", "".join(lines))

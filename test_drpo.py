@@ -515,8 +515,9 @@ def metrics_of(run):
              and k != "images_per_second"} for m in lines]
 
 def state_of(run):
-    """The newest checkpoint as plain data."""
-    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    """The newest checkpoint as plain data, with step and position on top."""
+    state = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    return {**state, **state["at"]}
 
 def weights_of(run):
     return state_of(run)["weights"]
@@ -2242,7 +2243,7 @@ class TestARun:
         assert RunProcess(command(models, steps=1), home).wait() == 0
         file = home / "run" / "checkpoint.pt"
         good = file.read_bytes()
-        torch.save({"step": 1, "bomb": Bomb()}, home / "bomb.pt")
+        torch.save({"at": {"step": 1}, "bomb": Bomb()}, home / "bomb.pt")
         bad = [b"", good[:100], good[:-1], (home / "bomb.pt").read_bytes()]
         for data in bad:
             file.write_bytes(data)

@@ -916,7 +916,7 @@ def seed_all(seed):
     """Seeds every generator that a reward may draw from."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2 ** 63)
 
 
 def flag(name):

@@ -583,7 +583,7 @@ def parse(argv):
 
     p.error = fail
     args = p.parse_args(argv)
-    first = Path(rewards.absolute(*args.runs[:1] or "."))
+    first = Path(rewards.absolute(args.runs[0] if args.runs else "."))
     folder = first if first.is_dir() else first.parent
     args.out = Path(rewards.absolute(args.out or folder / "eval"))
     if args.prompts not in rewards.PROMPTS and args.prompts:

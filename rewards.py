@@ -294,7 +294,7 @@ def world_kept():
             if read() != value:
                 put(value)
         if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+            torch.set_default_device(device)  # None would break get_default_device of torch 2.6
 
 
 class Reward:
@@ -1381,8 +1381,7 @@ def vlm(device="cpu", path=None):
     scale    0 to 10, or &scale=1-5; with &yes=1 P(yes) of 0 to 1, almost without ties
     source   the questions are RATE and ASK_YES in this file, or &question=FILE with {prompt} in it
     compared nothing: the questions are ours
-    path     the endpoint, as it is or without /chat/completions:
-    vlm@http://host:port/v1?model=NAME,
+    path     the endpoint, as it is or without /chat/completions: vlm@http://host:port/v1?model=NAME,
              with &tokens=N the most tokens of a reply (1,024)
     """
     if not path:

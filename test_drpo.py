@@ -3423,7 +3423,8 @@ class TestRewardsPyModels:
         (tmp_path / "four").write_text("weights")
         assert np.allclose(rewards.load(f"hpsv3@{tmp_path / 'four'}", "cuda")(images, prompts),
                            np.array(mean_red(images, prompts)) + 4)
-        assert rewards.hpsv3("cuda")(images[:1], ["a"]) and not any(grads)  # called directly too
+        assert rewards.hpsv3("cuda")(images[:1], ["a"])
+        assert not any(grads)
         with pytest.raises(UserError, match=r"special token <\|Reward\|>"):
             rewards.load("hpsv3", "cuda")(images[:1], ["a <|Reward|> cat"])
         for spec, device in (("hpsv3", "cpu"), (f"hpsv3@{tmp_path}", "cuda"),

@@ -50,63 +50,41 @@ def found_box(*boxes, score=0.95):
 
 _RW_LEFT, _RW_RIGHT, _RW_LOW = (0, 40, 20, 60), (80, 40, 100, 60), (0, 80, 20, 100)
 
-_RW_TWO = {
-    "tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
-}
-
-_RW_COUNT = {
-    "tag": "counting",
-    "include": [{"class": "dog", "count": 3}],
-    "exclude": [{"class": "dog", "count": 4}],
-}
-
+_RW_ONE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+_RW_TWO = {"tag": "two_object", "include": [{"class": "dog", "count": 1},
+                                            {"class": "cat", "count": 1}]}
+_RW_COUNT = {"tag": "counting", "include": [{"class": "dog", "count": 3}],
+             "exclude": [{"class": "dog", "count": 4}]}
 _RW_COLOUR = {"tag": "color_attr", "include": [{"class": "dog", "count": 1, "color": "red"},
                                                {"class": "cat", "count": 1, "color": "blue"}]}
+_RW_PLACE = {"tag": "position", "include": [
+    {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]}
 
-_RW_PLACE = {
-    "tag": "position", "include": [
-        {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]},
-    ],
-}
 
 class ColourClip:
     """Texts are one-hot by colour; a picture is embedded as the colour its mean over the non-grey
     pixels is nearest."""
-    palette = {
-        "red": (1, 0, 0),
-        "blue": (0, 0, 1),
-        "green": (0, 1, 0),
-        "white": (1, 1, 1),
-        "black": (0, 0, 0),
-    }
+    palette = {"red": (1, 0, 0), "blue": (0, 0, 1), "green": (0, 1, 0), "white": (1, 1, 1),
+               "black": (0, 0, 0)}
 
     def text(self, texts):
-        return torch.stack(
-            [
-                F.one_hot(
-                    torch.tensor(next(i for i, c in enumerate(geneval.COLOURS) if f" {c}" in text)),
-                    10,
-                ).float()
-                for text in texts
-            ]
-        )
+        named = [next(i for i, c in enumerate(geneval.COLOURS) if f" {c}" in text)
+                 for text in texts]
+        return F.one_hot(torch.tensor(named), 10).float()
 
     def image(self, crop):
-        assert (
-            crop.shape[0] == 1 and (crop[0] - 0.6).abs().amax(0).min() < 0.01
-        )  # the surroundings became grey
+        assert crop.shape[0] == 1
+        assert (crop[0] - 0.6).abs().amax(0).min() < 0.01
         pixels = crop[0][:, (crop[0] - .6).abs().amax(0) > .01].mean(1)
         distance = {name: (pixels - torch.tensor(rgb)).norm() for name, rgb in self.palette.items()}
-        return F.one_hot(
-            torch.tensor(geneval.COLOURS.index(min(distance, key=distance.get))), 10
-        ).float()[None]
+        nearest = geneval.COLOURS.index(min(distance, key=distance.get))
+        return F.one_hot(torch.tensor([nearest]), 10).float()
 
 
 GENEVAL_VERDICTS = int(
     "2008040140A800A4280010000201912C800000804464480000"
     "10080000000000003800040801020000040200008000200000", 16,
 )
-
 
 
 def geneval_cases(count=400):
@@ -136,12 +114,11 @@ def geneval_cases(count=400):
         yield wanted, found
 
 
-
 def to_images(x):
     """(B, 3, 64, 64) in [-1, 1] -> PIL pictures."""
-    return [
-        Image.fromarray(a) for a in ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    ]
+    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return list(map(Image.fromarray, pixels.numpy()))
+
 
 @pytest.fixture(scope="module")
 def rendered():
@@ -149,15 +126,13 @@ def rendered():
     second training one."""
     train, heldout = make_toy.captions()
     rows = heldout * 2 + train[::2]
-    noise = make_toy.careful(
-        torch.randn(len(rows), 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    )
+    g = torch.Generator().manual_seed(0)
+    noise = make_toy.careful(torch.randn(len(rows), 4, 8, 8, generator=g))
     kind, spec = torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows])
     slots = make_toy.objects(kind, spec, make_toy.projections(noise))
-    return (
-        [r[0] for r in rows], kind, spec, slots,
-        torch.rand(len(rows), generator=torch.Generator().manual_seed(1)),
-    )
+    shade = torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
+    return [r[0] for r in rows], kind, spec, slots, shade
+
 
 def changed(slots, kind, spec, what):
     """Slots with one attribute changed, and which rows the change makes wrong."""
@@ -165,9 +140,7 @@ def changed(slots, kind, spec, what):
     if what == "color":
         slots[:, 0, 4] = (slots[:, 0, 4] + 1) % 6
         return slots, named
-    if (
-        what == "shape"
-    ):  # of the first object; where two shapes differ only in order, take the third one
+    if what == "shape":  # of the first object; where two differ only in order, the third one
         slots[:, 0, 3] = 3 - slots[:, 0, 3] - slots[:, 1, 3]
         single = (kind == 0) | (kind == 2) | (kind == 3)
         slots[single, 0, 3] = (spec[single, 1].float() + 1) % 3
@@ -184,8 +157,6 @@ def changed(slots, kind, spec, what):
         return slots, free
     slots[:, :2, :2] = slots[:, :2, :2].flip(1)  # swap places
     return slots, kind == 4
-
-
 
 
 class TestGenEval:
@@ -208,14 +179,8 @@ class TestGenEval:
 
     @pytest.mark.parametrize(
         "wanted, objects, correct, dense", [
-            (
-                {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
-                {"dog": found_box(_RW_LEFT)}, True, 1,
-            ),
-            (
-                {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
-                {"cat": found_box(_RW_LEFT)}, False, 0,
-            ),
+            (_RW_ONE, {"dog": found_box(_RW_LEFT)}, True, 1),
+            (_RW_ONE, {"cat": found_box(_RW_LEFT)}, False, 0),
             (_RW_TWO, {"dog": found_box(_RW_LEFT, _RW_LOW), "cat": found_box(_RW_RIGHT)}, True, 1),
             (_RW_TWO, {"dog": found_box(_RW_LEFT)}, False, 0.5),
             (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 3)}, True, 1),
@@ -236,31 +201,24 @@ class TestGenEval:
         ],
     )
     def test_reward_geneval_rules(self, wanted, objects, correct, dense):
-        got = geneval.judge(
-            wanted, objects, lambda found, name: [f.box for f in found]
-        )  # here a box is its own colour
+        # here a box is its own colour
+        got = geneval.judge(wanted, objects, lambda found, name: [f.box for f in found])
         assert got == (correct, pytest.approx(dense))
 
     def test_reward_geneval_every_pair_must_be_placed(self):
-        wanted = {
-            "include": [
-                {"class": "cat", "count": 2},
-                {"class": "dog", "count": 1, "position": ["left of", 0]},
-            ]
-        }
+        wanted = {"include": [{"class": "cat", "count": 2},
+                              {"class": "dog", "count": 1, "position": ["left of", 0]}]}
         middle = {"dog": found_box((40, 40, 60, 60)), "cat": found_box(_RW_LEFT, _RW_RIGHT)}
         assert geneval.judge(wanted, middle, None)[0] is False
         assert geneval.judge(wanted, middle | {"cat": middle["cat"][::-1]}, None)[0] is False
-        assert (
-            geneval.judge(wanted, middle | {"dog": found_box((-90, 40, -70, 60))}, None)[0] is True
-        )
+        left = middle | {"dog": found_box((-90, 40, -70, 60))}
+        assert geneval.judge(wanted, left, None)[0] is True
         # a target whose colour is wrong is no target
         wanted = {"include": [{"class": "cat", "count": 1, "color": "red"},
                               {"class": "dog", "count": 1, "position": ["left of", 0]}]}
         objects = {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}
-        assert geneval.judge(wanted, objects, lambda found, name: ["blue"]) == (
-            False, pytest.approx(0.5),
-        )
+        blue = geneval.judge(wanted, objects, lambda found, name: ["blue"])
+        assert blue == (False, pytest.approx(0.5))
         assert geneval.judge(wanted, objects, lambda found, name: ["red"]) == (True, 1)
 
     def test_reward_geneval_thresholds(self):
@@ -276,7 +234,8 @@ class TestGenEval:
         ordered = np.argsort([f.score for f in objects["bird"]], kind="stable")[::-1].tolist()
         assert [f.box for f in kept["bird"]] == ordered == [2, 1, 0]
         kept = geneval.confident(objects, "counting")
-        assert [f.box for f in kept["dog"]] == ["b"] and kept["cat"] == []
+        assert [f.box for f in kept["dog"]] == ["b"]
+        assert kept["cat"] == []
 
     @pytest.mark.parametrize(
         "a, b, relations", [
@@ -291,22 +250,17 @@ class TestGenEval:
             ((0, 0, 10, 10), (2, 0, 12, 10), set()),
             ((0, 0, 10, 10), (3.9, 0, 13.9, 10), set()),
             ((0, 0, 10, 10), (4.1, 0, 14.1, 10), {"left of"}),
-            (
-                (0, 0, 10, 100),
-                (20, 15, 30, 115),
-                {"left of"},
-            ),  # the taller margin swallows the height
+            # the taller margin swallows the height
+            ((0, 0, 10, 100), (20, 15, 30, 115), {"left of"}),
         ],
     )
     def test_reward_geneval_position(self, a, b, relations):
         assert geneval.relative_position(a, b) == relations
 
     def test_reward_geneval_detections(self):
-        assert len(geneval.COCO) == 80 and geneval.COCO[64:67] == [
-            "computer mouse",
-            "tv remote",
-            "computer keyboard",
-        ]
+        assert len(geneval.COCO) == 80
+        odd = ["computer mouse", "tv remote", "computer keyboard"]
+        assert geneval.COCO[64:67] == odd
         dog, cat = geneval.COCO.index("dog"), geneval.COCO.index("cat")
         assert (geneval.COCO[0], dog, cat, geneval.COCO[79]) == ("person", 16, 15, "toothbrush")
         classes = torch.full((4, 81), -20.)
@@ -318,42 +272,27 @@ class TestGenEval:
         masks[0, 4:8, 2:10] = 4.
         masks[1, :, 8:] = 30.
         found = geneval.detections(classes, masks, (64, 64), (64, 48), (64, 48))
-        assert set(found) == {"dog", "cat"} and len(found["cat"]) == len(found["dog"]) == 1
+        assert set(found) == {"dog", "cat"}
+        assert len(found["cat"]) == len(found["dog"]) == 1
         assert found["cat"][0].score == pytest.approx(.5, abs=1e-2)
         assert found["cat"][0].box[2:] == (48, 64)  # what lies beyond the picture was padding
         logits = F.interpolate(masks[None, :1], size=(64, 64), mode="bilinear")[0, 0, :, :48]
         inside = logits > 0
         assert torch.equal(found["dog"][0].mask, inside)
-        assert found["dog"][0].score == pytest.approx(
-            logits[inside].sigmoid().mean().item(), abs=1e-3
-        )
+        mean = logits[inside].sigmoid().mean().item()
+        assert found["dog"][0].score == pytest.approx(mean, abs=1e-3)
         rows, columns = np.where(inside.numpy())
         assert found["dog"][0].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         # twice the picture, twice the box
-        assert (
-            abs(
-                np.array(
-                    geneval.detections(classes, masks, (64, 64), (64, 48), (128, 96))["dog"][0].box
-                )
-                - 2 * np.array(found["dog"][0].box)
-            ).max()
-            <= 1
-        )
+        larger = geneval.detections(classes, masks, (64, 64), (64, 48), (128, 96))
+        difference = np.array(larger["dog"][0].box) - 2 * np.array(found["dog"][0].box)
+        assert abs(difference).max() <= 1
 
     def test_reward_geneval_whole(self, tmp_path):
-        lines = [
-            {
-                "tag": "colors",
-                "include": [{"class": "dog", "count": 1, "color": "red"}],
-                "prompt": "a red dog",
-            },
-            {
-                "tag": "counting",
-                "include": [{"class": "dog", "count": 1}],
-                "exclude": [{"class": "dog", "count": 2}],
-                "prompt": "one dog",
-            },
-        ]
+        dog = {"class": "dog", "count": 1}
+        lines = [{"tag": "colors", "include": [{**dog, "color": "red"}], "prompt": "a red dog"},
+                 {"tag": "counting", "include": [dog], "exclude": [{**dog, "count": 2}],
+                  "prompt": "one dog"}]
         file = tmp_path / "evaluation_metadata.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
         metadata = geneval.geneval_metadata(file)
@@ -362,14 +301,12 @@ class TestGenEval:
         mask[8, 4] = False
 
         def detect(images):  # a dog wherever the middle is not green; sure of it when it is blue
-            return [
-                (
-                    {}
-                    if x[1, 10, 10] > 0.5
-                    else {"dog": [Found((4, 8, 28, 20), 0.95 if x[2, 10, 10] > 0.5 else 0.5, mask)]}
-                )
-                for x in images
-            ]
+            found = []
+            for x in images:
+                dog = Found((4, 8, 28, 20), 0.95 if x[2, 10, 10] > 0.5 else 0.5, mask)
+                found.append({} if x[1, 10, 10] > 0.5 else {"dog": [dog]})
+            return found
+
         judge = geneval.GenEval(detect, ColourClip(), metadata, "cpu")
         reward = reward_of(judge)
         pictures = {}
@@ -387,26 +324,22 @@ class TestGenEval:
         ] * 2
         images, prompts = [pictures[c[0]] for c in cases], [c[1] for c in cases]
         for batch in (images, as_batch(images)):
-            assert np.array_equal(
-                reward(batch, prompts).numpy(), [c[2] for c in cases], equal_nan=True
-            )
+            scores = reward(batch, prompts).numpy()
+            assert np.array_equal(scores, [c[2] for c in cases], equal_nan=True)
             assert judge.correct(batch, prompts) == [c[3] for c in cases]
-        mixed = [
-            images[0], images[1].resize((32, 32)).crop((0, 0, 32, 31)), images[2],
-        ]  # sizes may differ
+        mixed = [images[0], images[1].crop((0, 0, 32, 31)), images[2]]  # sizes may differ
         detect_sizes = []
         judge.detect = lambda x: detect_sizes.append(tuple(x.shape)) or [{}] * len(x)
-        assert judge.correct(mixed, prompts[:3]) == [False] * 3 and len(detect_sizes) == 3
-        assert [judge.tag(p) for p in ("a red dog", "one dog", "a poem")] == [
-            "colors", "counting", None,
-        ]
+        assert judge.correct(mixed, prompts[:3]) == [False] * 3
+        assert len(detect_sizes) == 3
+        tags = [judge.tag(p) for p in ("a red dog", "one dog", "a poem")]
+        assert tags == ["colors", "counting", None]
         assert judge.prompts == ["a red dog", "one dog"]
-        file.write_text(
-            json.dumps(lines[0]) + "\n" + json.dumps(lines[0]).replace("dog", "unicorn")
-        )
+        text = json.dumps(lines[0])
+        file.write_text(text + "\n" + text.replace("dog", "unicorn"))
         with pytest.raises(UserError, match="line 2: .*unicorn"):
             rewards.load(f"geneval@{file}")
-        file.write_text(json.dumps(lines[0]) + "\n{}")
+        file.write_text(text + "\n{}")
         with pytest.raises(UserError, match="line 2: .*lacks"):
             rewards.load(f"geneval@{file}")
 
@@ -416,25 +349,21 @@ class TestGenEval:
         from transformers import Mask2FormerConfig, SwinConfig
         from transformers.models.mask2former import modeling_mask2former as library
         monkeypatch.setattr(library, "Mask2FormerLoss", type("NoLoss", (torch.nn.Identity,), {}))
-        monkeypatch.setattr(
-            library.Mask2FormerPreTrainedModel, "_init_weights", lambda self, module: None
-        )
-        backbone = SwinConfig(
-            embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4], window_size=4,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        )
-        config = Mask2FormerConfig(
-            backbone_config=backbone, hidden_dim=32, feature_size=32, mask_feature_size=32,
-            encoder_layers=1, decoder_layers=3, num_queries=7, dim_feedforward=32,
-            encoder_feedforward_dim=32, num_attention_heads=4, num_labels=80,
-        )
+        monkeypatch.setattr(library.Mask2FormerPreTrainedModel, "_init_weights",
+                            lambda self, module: None)
+        stages = ["stage1", "stage2", "stage3", "stage4"]
+        backbone = SwinConfig(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4],
+                              window_size=4, out_features=stages)
+        config = Mask2FormerConfig(backbone_config=backbone, hidden_dim=32, feature_size=32,
+                                   mask_feature_size=32, encoder_layers=1, decoder_layers=3,
+                                   num_queries=7, dim_feedforward=32, encoder_feedforward_dim=32,
+                                   num_attention_heads=4, num_labels=80)
         torch.manual_seed(0)
         whole = library.Mask2FormerForUniversalSegmentation(config).eval()
         for parameter in whole.parameters():  # some would be left as memory was found
             torch.nn.init.normal_(parameter, std=0.05)
-        published = {
-            k: v for k, v in whole.state_dict().items() if ".swin.layernorm." not in k
-        }  # transformers 4.x has no such norm
+        published = {key: value for key, value in whole.state_dict().items()
+                     if ".swin.layernorm." not in key}  # transformers 4.x has no such norm
         whole.save_pretrained(tmp_path, state_dict=published)
         detector = geneval.Detector(str(tmp_path), "cpu")
         pixels = torch.randn(2, 3, 96, 128)
@@ -444,16 +373,15 @@ class TestGenEval:
         assert torch.allclose(classes, expected.class_queries_logits, atol=1e-5)
         assert torch.allclose(masks, expected.masks_queries_logits, atol=1e-5)
         seen = []
-        monkeypatch.setattr(
-            detector, "logits", lambda x: seen.append(x) or (classes[:1], masks[:1])
-        )
+        monkeypatch.setattr(detector, "logits",
+                            lambda x: seen.append(x) or (classes[:1], masks[:1]))
         assert len(detector(torch.full((1, 3, 50, 100), .5))) == 1
-        assert seen[0].shape == (
-            1, 3, 672, 1344,
-        )  # short side 800 would make the long one 1600: 1333 and padding to 32
+        # short side 800 would make the long one 1600: 1333 and padding to 32
+        assert seen[0].shape == (1, 3, 672, 1344)
         assert torch.allclose(seen[0][0, :, 100, 100], (.5 - torch.tensor([.485, .456, .406]))
                               / torch.tensor([.229, .224, .225]), atol=1e-5)
-        assert seen[0][..., 667:, :].abs().max() == 0 and seen[0][..., 1333:].abs().max() == 0
+        assert seen[0][..., 667:, :].abs().max() == 0
+        assert seen[0][..., 1333:].abs().max() == 0
         config.num_labels = 3
         library.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="knows 3 classes"):
@@ -527,7 +455,8 @@ class TestToy:
             "a black circle and a red square",
         ):
             scores = scene(images, [prompt] * len(images))
-            assert max(scores) <= 0.5 and sum(scores) / len(scores) < 0.15
+            assert max(scores) <= 0.5
+            assert sum(scores) / len(scores) < 0.15
         assert not any(scene.readable(image) for image in images)
 
     def test_scene_captions(self):
@@ -569,7 +498,8 @@ class TestToy:
         z = torch.randn(6, 5)
         z_star, weight, _ = target(z, z.clone(), z[:m], z[-m:], **kw)
         gain = ((z_star - z) * (z[:m].mean(0) - z[-m:].mean(0))).sum(-1)
-        assert float(weight) > 0 and gain.mean() > 0
+        assert float(weight) > 0
+        assert gain.mean() > 0
         z_star, _, _ = target(z, z.clone(), z[:0], z[:0], **kw)
         assert torch.equal(z_star, z), "a prompt without anchors stays where it is"
 
@@ -630,7 +560,8 @@ class TestToy:
         assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(
             ablate.TABLES["kernel"]
         )
-        assert "60.0% (50.0% to 70.0%)" in out and "base 40.0% right" in out
+        assert "60.0% (50.0% to 70.0%)" in out
+        assert "base 40.0% right" in out
 
     @pytest.mark.parametrize("reward,scored", (("scene_binary", "scene"), ("warm", "warm")))
     def test_a_variant_is_trained_and_its_figures_are_the_reports(
@@ -650,7 +581,9 @@ class TestToy:
         result = json.loads((tmp_path / "result.json").read_text())
         run, = tmp_path.glob("run-*")
         config = json.loads((run / "config.json").read_text())
-        assert config["seed"] == 3 and config["radii"] == [0.5, 1.0] and config["kernel"] == "rbf"
+        assert config["seed"] == 3
+        assert config["radii"] == [0.5, 1.0]
+        assert config["kernel"] == "rbf"
         columns = json.loads((run / "eval" / "report.json").read_text())["columns"]
         tuned = columns[run.name]
         name = scored if scored == "scene" else ablate.MINE + scored
@@ -666,7 +599,8 @@ class TestToy:
             == result["kinds"]["all"]
         )
         assert result["right_base"] == columns["base"]["accuracy"]["scene"]["all"]["mean"][0] > 0.2
-        assert result["color_entropy"] == 2.0 and {k: result[k] for k in job} == job
+        assert result["color_entropy"] == 2.0
+        assert {k: result[k] for k in job} == job
 
     def test_open_attributes_are_counted(self, rendered):
         """Entropy of colours and flatness of circles, on pictures drawn for the purpose."""
@@ -678,7 +612,8 @@ class TestToy:
         assert found["color_entropy"] == pytest.approx(
             -(2 * math.log2(1 / 3) / 3 + 2 * math.log2(1 / 6) / 6), abs=1e-6
         )
-        assert found["circles"] == 6 and found["circle_flatness"] > 0.95
+        assert found["circles"] == 6
+        assert found["circle_flatness"] > 0.95
         flat = images[0].resize((64, 48)).crop((0, 0, 64, 48))
         canvas = Image.new("RGB", (64, 64), images[0].getpixel((0, 0)))
         canvas.paste(flat, (0, 8))

@@ -412,14 +412,10 @@ class TestToy:
         assert sum(s < 1 for s in scores) >= 0.99 * len(scores)
 
     def test_scene_score_is_graded(self):
-        def score(prompt, *slots, side=False):
-            rows = list(slots) + [(0, 0, -9, 0, 0)] * (4 - len(slots))
-            return scene(
-                to_images(
-                    make_toy.render(torch.tensor([rows], dtype=torch.float32), torch.zeros(1))
-                ),
-                [prompt],
-            )[0]
+        def score(prompt, *slots):
+            rows = torch.tensor([[*slots, *[(0, 0, -9, 0, 0)] * (4 - len(slots))]]).float()
+            return scene(to_images(make_toy.render(rows, torch.zeros(1))), [prompt])[0]
+
         red_circle, blue_square = (16.0, 32.0, 9.0, 0, 0), (48.0, 32.0, 9.0, 1, 3)
         assert score("a red circle", red_circle) == 1
         assert score("a blue circle", red_circle) == 0.5  # the shape is right
@@ -436,24 +432,14 @@ class TestToy:
 
     def test_scene_unreadable_pictures(self):
         rng = np.random.default_rng(0)
-        noise = [
-            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(20)
-        ]
-        blank = [
-            Image.new("RGB", (64, 64), color)
-            for color in ("white", "black", (222, 62, 62), (240, 240, 240))
-        ]
-        smooth = [
-            Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((64, 64))
-            for _ in range(20)
-        ]
-        images = noise + blank + smooth
-        for prompt in (
-            "a red circle",
-            "four blue squares",
-            "a circle above a square",
-            "a black circle and a red square",
-        ):
+        images = [Image.new("RGB", (64, 64), color)
+                  for color in ("white", "black", (222, 62, 62), (240, 240, 240))]
+        for side in (64, 5):  # noise, and smooth noise
+            for _ in range(20):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                images.append(Image.fromarray(pixels).resize((64, 64)))
+        for prompt in ("a red circle", "four blue squares", "a circle above a square",
+                       "a black circle and a red square"):
             scores = scene(images, [prompt] * len(images))
             assert max(scores) <= 0.5
             assert sum(scores) / len(scores) < 0.15
@@ -462,17 +448,15 @@ class TestToy:
     def test_scene_captions(self):
         assert scene.tag("a photo of a circle") == "single_object"
         assert scene.tag("a circle and a square") == "two_object"
-        assert (
-            scene.tag("three squares") == scene.tag("A picture of four red  circles.") == "counting"
-        )
+        assert scene.tag("three squares") == "counting"
+        assert scene.tag("A picture of four red  circles.") == "counting"
         assert scene.tag("a red circle") == "colors"
         assert scene.tag("a circle to the left of a square") == "position"
         assert scene.tag("a red circle and a blue circle") == "color_attr"
         image = Image.new("RGB", (64, 64), "white")
         assert scene.tag("a dog on a beach") is None
-        assert all(
-            math.isnan(s) for s in scene([image] * 3, ["a dog on a beach", "", "a red circle and"])
-        )
+        scores = scene([image] * 3, ["a dog on a beach", "", "a red circle and"])
+        assert all(map(math.isnan, scores))
         assert scene.correct([image], ["a dog"]) == [False]
         for caption, kind, _ in sum(make_toy.captions(), []):
             assert scene.tag(caption) == make_toy.KINDS[kind]
@@ -482,9 +466,8 @@ class TestToy:
     def test_scene_other_sizes_and_modes(self):
         slots = torch.tensor([[(20.0, 30.0, 9.0, 2, 4)] + [(0, 0, -9, 0, 0)] * 3])
         image = to_images(make_toy.render(slots, torch.zeros(1)))[0]
-        assert scene(
-            [image.resize((128, 128)), image.convert("RGBA")], ["a purple triangle"] * 2
-        ) == [1, 1]
+        others = [image.resize((128, 128)), image.convert("RGBA")]
+        assert scene(others, ["a purple triangle"] * 2) == [1, 1]
 
     @pytest.mark.parametrize("field", ("best-of-k", "pairwise"))
     def test_ablation_fields_pull_toward_the_better_pictures(self, field):
@@ -529,52 +512,37 @@ class TestToy:
 
     def test_ablation_goes_on_with_what_is_there(self, tmp_path, capsys, monkeypatch):
         known = {f.name for f in dataclasses.fields(drpo.Config)} | {"patch"}
-        assert all(
-            set(settings) <= known
-            for table in ablate.TABLES.values()
-            for settings in table.values()
-        )
+        for table in ablate.TABLES.values():
+            assert all(set(settings) <= known for settings in table.values())
         opened = {"color_entropy": 2.0, "circle_flatness": 0.9}
         for seed, right in ((0, 0.5), (1, 0.7)):
             for label, settings in ablate.TABLES["kernel"].items():
                 folder = tmp_path / f"{label}-seed{seed}"
                 folder.mkdir()
-                job = dict(
-                    label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu",
-                    samples=8,
-                )
-                result = dict(
-                    right=right, right_base=0.4, diversity_right=None, diversity=1.0, distance=0.1,
-                    reward=0.6, reward_base=0.5, minutes=1.0, **opened,
-                )
+                job = dict(label=label, seed=seed, settings=settings | {"steps": 3}, device="cpu",
+                           samples=8)
+                result = dict(right=right, right_base=0.4, diversity_right=None, diversity=1.0,
+                              distance=0.1, reward=0.6, reward_base=0.5, minutes=1.0, **opened)
                 (folder / "result.json").write_text(json.dumps(job | result))
-        monkeypatch.setattr(
-            ablate, "open_figures", lambda G: opened
-        )  # of the base: the one thing that is computed
-        ablate.ablate(
-            argparse.Namespace(
-                tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1, device="cpu", out=tmp_path
-            )
-        )
+        # of the base: the one thing that is computed
+        monkeypatch.setattr(ablate, "open_figures", lambda G: opened)
+        ablate.ablate(argparse.Namespace(tables="kernel", seeds="0,1", steps=3, samples=8, jobs=1,
+                                         device="cpu", out=tmp_path))
         out = capsys.readouterr().out
-        assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(
-            ablate.TABLES["kernel"]
-        )
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert len(results) == 2 * len(ablate.TABLES["kernel"])
         assert "60.0% (50.0% to 70.0%)" in out
         assert "base 40.0% right" in out
 
     @pytest.mark.parametrize("reward,scored", (("scene_binary", "scene"), ("warm", "warm")))
-    def test_a_variant_is_trained_and_its_figures_are_the_reports(
-        self, reward, scored, tmp_path, monkeypatch
-    ):
+    def test_a_variant_is_trained_and_its_figures_are_the_reports(self, reward, scored, tmp_path,
+                                                                  monkeypatch):
         """A variant's reward is loaded by file; a reward that grades differently from the checker
         is scored by both."""
-        monkeypatch.setattr(
-            ablate, "open_figures", lambda G: {"color_entropy": 2.0, "circle_flatness": 0.9}
-        )
-        settings = dict(
-            steps=1, batch=2, candidates=4, anchors=2, radii=[0.5, 1.0], reward=ablate.MINE + reward
-        )
+        opened = {"color_entropy": 2.0, "circle_flatness": 0.9}
+        monkeypatch.setattr(ablate, "open_figures", lambda G: opened)
+        settings = dict(steps=1, batch=2, candidates=4, anchors=2, radii=[0.5, 1.0],
+                        reward=ablate.MINE + reward)
         job = dict(label="x", seed=3, settings=settings, device="cpu", samples=1)
         (tmp_path / "job.json").write_text(json.dumps(job))
         ablate.run_variant(tmp_path)
@@ -585,20 +553,14 @@ class TestToy:
         assert config["radii"] == [0.5, 1.0]
         assert config["kernel"] == "rbf"
         columns = json.loads((run / "eval" / "report.json").read_text())["columns"]
-        tuned = columns[run.name]
+        tuned, base = columns[run.name], columns["base"]
         name = scored if scored == "scene" else ablate.MINE + scored
         assert set(tuned["rewards"]) == {"scene", name}
-        assert (
-            result["reward"]
-            == tuned["rewards"][name]["mean"][0]
-            != columns["base"]["rewards"][name]["mean"][0]
-        )
-        assert (
-            result["right"]
-            == tuned["accuracy"]["scene"]["all"]["mean"][0]
-            == result["kinds"]["all"]
-        )
-        assert result["right_base"] == columns["base"]["accuracy"]["scene"]["all"]["mean"][0] > 0.2
+        assert result["reward"] == tuned["rewards"][name]["mean"][0]
+        assert result["reward"] != base["rewards"][name]["mean"][0]
+        assert result["right"] == tuned["accuracy"]["scene"]["all"]["mean"][0]
+        assert result["right"] == result["kinds"]["all"]
+        assert result["right_base"] == base["accuracy"]["scene"]["all"]["mean"][0] > 0.2
         assert result["color_entropy"] == 2.0
         assert {k: result[k] for k in job} == job
 
@@ -607,11 +569,11 @@ class TestToy:
         def picture(x, y, r, shape, color):
             slots = torch.tensor([[(x, y, r, shape, color)] + [(0, 0, -9, 0, 0)] * 3])
             return to_images(make_toy.render(slots, torch.zeros(1)))[0]
+
         images = [picture(32.0, 32.0, 12.0, 0, color) for color in (0, 0, 1, 1, 2, 3)]
         found = ablate.open_attributes(images, ["a circle"] * 6)
-        assert found["color_entropy"] == pytest.approx(
-            -(2 * math.log2(1 / 3) / 3 + 2 * math.log2(1 / 6) / 6), abs=1e-6
-        )
+        entropy = -(2 * math.log2(1 / 3) / 3 + 2 * math.log2(1 / 6) / 6)
+        assert found["color_entropy"] == pytest.approx(entropy, abs=1e-6)
         assert found["circles"] == 6
         assert found["circle_flatness"] > 0.95
         flat = images[0].resize((64, 48)).crop((0, 0, 64, 48))
@@ -627,9 +589,8 @@ class TestPerson:
     """Over HTTP, by a scripted person who likes green."""
 
     def get(self, address, path):
-        with urllib.request.urlopen(
-            address.replace("/?", path + ("&" if "?" in path else "?"))
-        ) as answer:
+        url = address.replace("/?", path + ("&" if "?" in path else "?"))
+        with urllib.request.urlopen(url) as answer:
             return answer.read()
 
     def judge(self, person, prompts):

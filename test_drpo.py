@@ -420,6 +420,7 @@ def child(argv, stream, cwd, env):
         os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     ignored = env.get("DP_ACTION") == "interrupts_ignored"  # as a background job of a shell has it
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)

@@ -632,7 +632,8 @@ class Generator:
         self.add_lora(rank, float(rank))
         keys = [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
         parameters = dict(zip(keys, self.parameters()))
-        if shapes(state) != shapes(parameters):
+        alike = state.keys() == parameters.keys()
+        if not alike or any(state[key].shape != p.shape for key, p in parameters.items()):
             raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}")
         for key, p in parameters.items():
             p.data.copy_(state[key])
@@ -711,8 +712,8 @@ def sample_candidates(G, phi, batch, at_once):
 
 @torch.no_grad()
 def score_candidates(G, reward, batch, x):
-    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} of the rewards in them and
-    beside them; they see whole prompts. None, {}: offline pairs need no scores."""
+    """(A) Latents x (P K, 4, h, w) -> scores (P, K), and {name: (P, K)} of the parts that they
+    combine and of the watched rewards. All see whole prompts. None, {}: pairs need no scores."""
     P, K = batch.noise.shape[:2]
     if batch.pairs:
         return None, {}
@@ -759,7 +760,8 @@ def anchors_of(z, scores, m, native):
                "gap": scores[positive].mean() - scores[negative].mean(),
                "skipped": 1 - float(positive.any() and negative.any())}
     for name, values in native.items():
-        figures[name if name.startswith("watch/") else f"part/{name}"] = values.nanmean()
+        key = name if name.startswith("watch/") else f"part/{name}"
+        figures[key] = values.nanmean()
     return best, worst, figures
 
 
@@ -894,7 +896,8 @@ def train(cfg, reward=None, stop=None):
     with stop or Stop() as stop, run.opened(reward):
         while run.step < cfg.steps and not stop.signal:
             began = time.perf_counter()
-            seed_all(cfg.seed + run.step)  # a reward that draws goes on alike after --resume
+            # a reward that draws goes on alike after --resume
+            seed_all(seeded(cfg.seed, run.step).initial_seed())
             position = run.position + process * cfg.batch
             batch = next_batch(G, phi, cfg, position, prompts, pairs)
             batch.watch = run.step % cfg.watch_every == 0 or run.step == cfg.steps - 1
@@ -1001,7 +1004,7 @@ def start(cfg):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    seed_all(cfg.seed)
+    seed_all(cfg.seed)  # a reward may draw while it is loaded
     return device, DTYPES[cfg.dtype.replace("auto", "bf16" if cuda else "fp32")], process, world
 
 
@@ -1172,7 +1175,7 @@ class Run:
                 raise UserError(f"{self.path} is in use by another run: wait or stop it") from None
             except OSError:  # a file system without locks
                 pass
-        if not cfg.resume and not is_empty(self.path):
+        if not cfg.resume and not is_empty(self.path):  # since `resolved` looked
             raise UserError(f"--out {self.path} is not empty; expected a new or empty folder")
 
     def record(self, metrics):
@@ -1465,11 +1468,6 @@ def kohya_name(name, xl):
                  "up": f"output_blocks_{3 * block + attention}_1"}[match[1]]
         flat = place + flat[match.end():]
     return "lora_unet_" + flat
-
-
-def shapes(state):
-    """{name: tensor} -> {name: shape}."""
-    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def write_lora(G, folder, metadata):

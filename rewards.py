@@ -1381,8 +1381,8 @@ def vlm(device="cpu", path=None):
     scale    0 to 10, or &scale=1-5; with &yes=1 P(yes) of 0 to 1, almost without ties
     source   the questions are RATE and ASK_YES in this file, or &question=FILE with {prompt} in it
     compared nothing: the questions are ours
-    path     the endpoint, as it is or without /chat/completions, vlm@http://host/v1?model=NAME; with
-             &tokens=N the most tokens of a reply (1,024)
+    path     the endpoint, as it is or without /chat/completions: vlm@http://host/v1?model=NAME,
+             with &tokens=N the most tokens of a reply (1,024)
     """
     if not path:
         raise UserError("reward 'vlm': name the endpoint, vlm@http://host:port/v1?model=NAME")

@@ -15,16 +15,15 @@ import rewards  # noqa: E402
 
 
 def read_metrics(folder):
-    """metrics.jsonl of a run -> a dict of figures a step; a torn line is left out, of two lines of
-    a step, as a run that was killed and went on has them, the later one stays."""
+    """metrics.jsonl of a run -> a dict of figures a step; a line that is being written, or was torn
+    by a full disk, is left out."""
     path = Path(folder) / "metrics.jsonl"
-    metrics = {}
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            figures = json.loads(line)
-            metrics[int(figures["step"])] = figures
-    return [metrics[step] for step in sorted(metrics)]
+        with contextlib.suppress(ValueError):
+            metrics.append(json.loads(line))
+    return metrics
 
 
 def draw(folder):

@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 
 import ablate  # noqa: E402
 import card  # noqa: E402
+import curve  # noqa: E402
 import drpo  # noqa: E402
 import geneval  # noqa: E402
 import make_toy  # noqa: E402
@@ -726,6 +727,12 @@ class TestPaper:
         assert drpo_row[head.index("pickapic-test: pickscore")] == "23.49"
         assert drpo_row[head.index("parti: imagereward")] == "7.46"
         assert drpo_row[head.index("parti: hpsv2")] == ""
+
+
+class TestCurve:
+    def test_a_torn_line_is_left_out(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "re\n{"step": 3}\n{"st')
+        assert curve.read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
 
 
 class TestCard:

@@ -813,7 +813,8 @@ def drpo_gradient(G, phi, reward, batch, cfg, micro):
             z_p = [h[i].detach() for h in z]  # (K, T, D) each
             r_p = [h[i].detach() for h in r]
             if part.pairs:
-                best, worst, of_scores = *part.pairs[p], {}
+                best, worst = part.pairs[p]
+                of_scores = {}
             else:
                 best, worst, of_scores = anchors_of(z_p, scores[p], cfg.anchors, rows(native, p))
             of_maps, of_fields = feature_gradients(z_p, r_p, best, worst, cfg)

@@ -183,13 +183,6 @@ def verdicts_of(name, part, images, prompts):
                         " it gives True, False or None for each image") from e
 
 
-def tag_of(part, prompt):
-    """The task of a prompt as text; without a tag function all are of one."""
-    if not callable(getattr(part, "tag", None)):
-        return "all"
-    return str(part.tag(prompt))
-
-
 def best_index(reward, ranked, scores, samples):
     """Scores {part: (P, N S)} of S = samples slots, candidate c of slot s at c S + s -> (P, S)."""
     slots = {name: scores[name].unflatten(1, (-1, samples)).mT for name in ranked}  # (P, S, N)
@@ -309,7 +302,8 @@ def figures(base, other, reward, prompts):
     for name in base.right:
         a = base.right[name].numpy()  # (P, N)
         b = other.right[name].numpy()
-        tags = np.array([tag_of(reward.parts[name], prompt) for prompt in prompts])
+        tag_of = getattr(reward.parts[name], "tag", lambda prompt: "all")
+        tags = np.array([str(tag_of(prompt)) for prompt in prompts])
         groups = {"all": tags != "None"}
         for tag in sorted(set(tags) - {"None", "all"}):
             groups[tag] = tags == tag
@@ -353,21 +347,23 @@ def evaluate(args):
     for label, column in columns.items():
         report["columns"][label] = figures(columns["base"], column, reward, prompts)
     write_report(args.out, report, speed, columns, args.shown)
+    print(f"\n{table(report)}\nwritten: {args.out}/report.json, report.md, grid.png", flush=True)
     if args.judge:  # which may fail, and costs: what is known is on the disk before
+        before = [columns["base"].kept[p, 0] for p in range(len(prompts))]
         for label in list(columns)[1:]:
-            before = [columns["base"].kept[p, 0] for p in range(len(prompts))]
             after = [columns[label].kept[p, 0] for p in range(len(prompts))]
-            report["columns"][label]["judge"] = judge(args.judge, prompts, before, after)
+            said = judge(args.judge, prompts, before, after)
+            report["columns"][label]["judge"] = said
+            print(f"judge, {label}: win rate against base {number(said['win_rate'], '{:.1%}')}")
         write_report(args.out, report, speed, columns, args.shown)
     return report
 
 
 def write_report(out, report, speed, columns, shown):
-    """report.json, report.md, timing.json and grid.png, and the table on the terminal."""
-    text = table(report)
+    """report.json, report.md, timing.json and grid.png."""
     write_atomic(out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
     write_atomic(out / "timing.json", json.dumps(speed, indent=1).encode())
-    write_atomic(out / "report.md", text.encode())
+    write_atomic(out / "report.md", table(report).encode())
     rows = []
     for column in columns.values():
         row = [column.kept[p, 0].copy() for p in shown]
@@ -376,7 +372,6 @@ def write_report(out, report, speed, columns, shown):
         rows.append(row)
     captions = [report["texts"][p] for p in shown]
     picture_grid(rows, captions, list(columns)).save(out / "grid.png")
-    print(f"\n{text}\nwritten: {out}/report.json, report.md, grid.png")
 
 
 def picture_grid(rows, captions, labels):

@@ -4111,7 +4111,8 @@ class TestEvalPy:
         report = json.loads((tmp_path / "report.json").read_text())
         assert code == 0
         assert list(report["columns"]) == ["base", "untrained", "moved", "base best-of-3"]
-        assert (tmp_path / "report.md").read_text() in out
+        assert "judge, moved: win rate against base" in out
+        assert "| judge: win rate against base |" in (tmp_path / "report.md").read_text()
         best, moved = report["columns"]["base best-of-3"], report["columns"]["moved"]
         # the base's own picture is one of the candidates
         assert best["rewards"]["scene"]["win_rate"][0] >= 0.5

@@ -49,16 +49,16 @@ from test_drpo import (
 def found_box(*boxes, score=0.95):
     return [Found(box, score) for box in boxes]
 
-_RW_LEFT, _RW_RIGHT, _RW_LOW = (0, 40, 20, 60), (80, 40, 100, 60), (0, 80, 20, 100)
-
-_RW_ONE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-_RW_TWO = {"tag": "two_object", "include": [{"class": "dog", "count": 1},
-                                            {"class": "cat", "count": 1}]}
-_RW_COUNT = {"tag": "counting", "include": [{"class": "dog", "count": 3}],
-             "exclude": [{"class": "dog", "count": 4}]}
-_RW_COLOUR = {"tag": "color_attr", "include": [{"class": "dog", "count": 1, "color": "red"},
-                                               {"class": "cat", "count": 1, "color": "blue"}]}
-_RW_PLACE = {"tag": "position", "include": [
+LEFT = (0, 40, 20, 60)
+RIGHT = (80, 40, 100, 60)
+LOW = (0, 80, 20, 100)
+ONE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+TWO = {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]}
+COUNT = {"tag": "counting", "include": [{"class": "dog", "count": 3}],
+         "exclude": [{"class": "dog", "count": 4}]}
+COLOUR = {"tag": "color_attr", "include": [{"class": "dog", "count": 1, "color": "red"},
+                                           {"class": "cat", "count": 1, "color": "blue"}]}
+PLACE = {"tag": "position", "include": [
     {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]}
 
 
@@ -69,9 +69,8 @@ class ColourClip:
                "black": (0, 0, 0)}
 
     def text(self, texts):
-        named = [next(i for i, c in enumerate(geneval.COLOURS) if f" {c}" in text)
-                 for text in texts]
-        return F.one_hot(torch.tensor(named), 10).float()
+        rows = [[f" {colour}" in text for colour in geneval.COLOURS] for text in texts]
+        return torch.tensor(rows).float()
 
     def image(self, crop):
         assert crop.shape[0] == 1
@@ -109,7 +108,8 @@ def geneval_cases(count=400):
             wanted["exclude"] = [{"class": "dog", "count": include[0]["count"] + 1}]
         found = {}
         for name in ("dog", "cat"):
-            corner, size = rng.integers(0, 80, (rng.integers(0, 5), 2)), rng.integers(4, 30, 2)
+            corner = rng.integers(0, 80, (rng.integers(0, 5), 2))
+            size = rng.integers(4, 30, 2)
             scores = rng.choice([.2, .3, .35, .9, .95], (len(corner), 1), p=[.1, .1, .1, .1, .6])
             found[name] = np.concatenate([corner, corner + size, scores], 1).astype(np.float32)
         yield wanted, found
@@ -129,15 +129,18 @@ def rendered():
     rows = heldout * 2 + train[::2]
     g = torch.Generator().manual_seed(0)
     noise = make_toy.careful(torch.randn(len(rows), 4, 8, 8, generator=g))
-    kind, spec = torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows])
+    prompts, kind, spec = zip(*rows)
+    kind = torch.tensor(kind)
+    spec = torch.tensor(spec)
     slots = make_toy.objects(kind, spec, make_toy.projections(noise))
     shade = torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
-    return [r[0] for r in rows], kind, spec, slots, shade
+    return prompts, kind, spec, slots, shade
 
 
 def changed(slots, kind, spec, what):
     """Slots with one attribute changed, and which rows the change makes wrong."""
-    slots, named = slots.clone(), spec[:, 2] >= 0
+    slots = slots.clone()
+    named = spec[:, 2] >= 0
     if what == "color":
         slots[:, 0, 4] = (slots[:, 0, 4] + 1) % 6
         return slots, named
@@ -180,25 +183,25 @@ class TestGenEval:
 
     @pytest.mark.parametrize(
         "wanted, objects, correct, dense", [
-            (_RW_ONE, {"dog": found_box(_RW_LEFT)}, True, 1),
-            (_RW_ONE, {"cat": found_box(_RW_LEFT)}, False, 0),
-            (_RW_TWO, {"dog": found_box(_RW_LEFT, _RW_LOW), "cat": found_box(_RW_RIGHT)}, True, 1),
-            (_RW_TWO, {"dog": found_box(_RW_LEFT)}, False, 0.5),
-            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 3)}, True, 1),
-            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 2)}, False, (2 / 3 + 1) / 2),
-            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 4)}, False, (1 + 2 / 3) / 2),
-            (_RW_COUNT, {"dog": found_box(*[_RW_LEFT] * 9)}, False, 0.5),
-            (_RW_COUNT, {}, False, 0.5),
-            (_RW_COLOUR, {"dog": found_box("red"), "cat": found_box("blue")}, True, 1),
-            (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("blue")}, False, 0.75),
-            (_RW_COLOUR, {"dog": found_box("blue"), "cat": found_box("red")}, False, 0.5),
+            (ONE, {"dog": found_box(LEFT)}, True, 1),
+            (ONE, {"cat": found_box(LEFT)}, False, 0),
+            (TWO, {"dog": found_box(LEFT, LOW), "cat": found_box(RIGHT)}, True, 1),
+            (TWO, {"dog": found_box(LEFT)}, False, 0.5),
+            (COUNT, {"dog": found_box(*[LEFT] * 3)}, True, 1),
+            (COUNT, {"dog": found_box(*[LEFT] * 2)}, False, (2 / 3 + 1) / 2),
+            (COUNT, {"dog": found_box(*[LEFT] * 4)}, False, (1 + 2 / 3) / 2),
+            (COUNT, {"dog": found_box(*[LEFT] * 9)}, False, 0.5),
+            (COUNT, {}, False, 0.5),
+            (COLOUR, {"dog": found_box("red"), "cat": found_box("blue")}, True, 1),
+            (COLOUR, {"dog": found_box("blue"), "cat": found_box("blue")}, False, 0.75),
+            (COLOUR, {"dog": found_box("blue"), "cat": found_box("red")}, False, 0.5),
             # only the best detection of the class is looked at
-            (_RW_COLOUR, {"dog": found_box("blue", "red"), "cat": found_box("blue")}, False, 0.75),
-            (_RW_PLACE, {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}, True, 1),
-            (_RW_PLACE, {"dog": found_box(_RW_RIGHT), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
-            (_RW_PLACE, {"dog": found_box(_RW_LOW), "cat": found_box(_RW_LEFT)}, False, 2 / 3),
-            (_RW_PLACE, {"dog": found_box(_RW_LEFT)}, False, 1 / 3),  # its target is missing
-            (_RW_PLACE, {"cat": found_box(_RW_RIGHT)}, False, 1 / 3),
+            (COLOUR, {"dog": found_box("blue", "red"), "cat": found_box("blue")}, False, 0.75),
+            (PLACE, {"dog": found_box(LEFT), "cat": found_box(RIGHT)}, True, 1),
+            (PLACE, {"dog": found_box(RIGHT), "cat": found_box(LEFT)}, False, 2 / 3),
+            (PLACE, {"dog": found_box(LOW), "cat": found_box(LEFT)}, False, 2 / 3),
+            (PLACE, {"dog": found_box(LEFT)}, False, 1 / 3),  # its target is missing
+            (PLACE, {"cat": found_box(RIGHT)}, False, 1 / 3),
         ],
     )
     def test_reward_geneval_rules(self, wanted, objects, correct, dense):
@@ -209,7 +212,7 @@ class TestGenEval:
     def test_reward_geneval_every_pair_must_be_placed(self):
         wanted = {"include": [{"class": "cat", "count": 2},
                               {"class": "dog", "count": 1, "position": ["left of", 0]}]}
-        middle = {"dog": found_box((40, 40, 60, 60)), "cat": found_box(_RW_LEFT, _RW_RIGHT)}
+        middle = {"dog": found_box((40, 40, 60, 60)), "cat": found_box(LEFT, RIGHT)}
         assert geneval.judge(wanted, middle, None)[0] is False
         assert geneval.judge(wanted, middle | {"cat": middle["cat"][::-1]}, None)[0] is False
         left = middle | {"dog": found_box((-90, 40, -70, 60))}
@@ -217,7 +220,7 @@ class TestGenEval:
         # a target whose colour is wrong is no target
         wanted = {"include": [{"class": "cat", "count": 1, "color": "red"},
                               {"class": "dog", "count": 1, "position": ["left of", 0]}]}
-        objects = {"dog": found_box(_RW_LEFT), "cat": found_box(_RW_RIGHT)}
+        objects = {"dog": found_box(LEFT), "cat": found_box(RIGHT)}
         blue = geneval.judge(wanted, objects, lambda found, name: ["blue"])
         assert blue == (False, pytest.approx(0.5))
         assert geneval.judge(wanted, objects, lambda found, name: ["red"]) == (True, 1)
@@ -262,8 +265,10 @@ class TestGenEval:
         assert len(geneval.COCO) == 80
         odd = ["computer mouse", "tv remote", "computer keyboard"]
         assert geneval.COCO[64:67] == odd
-        dog, cat = geneval.COCO.index("dog"), geneval.COCO.index("cat")
-        assert (geneval.COCO[0], dog, cat, geneval.COCO[79]) == ("person", 16, 15, "toothbrush")
+        cat, dog = 15, 16
+        assert geneval.COCO[15:17] == ["cat", "dog"]
+        assert geneval.COCO[0] == "person"
+        assert geneval.COCO[79] == "toothbrush"
         classes = torch.full((4, 81), -20.)
         classes[0, dog] = 5.
         classes[1, [cat, 80]] = torch.tensor([3., 3.])  # half cat, half nothing
@@ -323,16 +328,22 @@ class TestGenEval:
             ("blue", "one dog", 1, True),
             ("red", "a poem", math.nan, None),
         ] * 2
-        images, prompts = [pictures[c[0]] for c in cases], [c[1] for c in cases]
+        names, prompts, wanted, right = map(list, zip(*cases))
+        images = [pictures[name] for name in names]
         for batch in (images, as_batch(images)):
             scores = reward(batch, prompts).numpy()
-            assert np.array_equal(scores, [c[2] for c in cases], equal_nan=True)
-            assert judge.correct(batch, prompts) == [c[3] for c in cases]
+            assert np.array_equal(scores, wanted, equal_nan=True)
+            assert judge.correct(batch, prompts) == right
         mixed = [images[0], images[1].crop((0, 0, 32, 31)), images[2]]  # sizes may differ
-        detect_sizes = []
-        judge.detect = lambda x: detect_sizes.append(tuple(x.shape)) or [{}] * len(x)
+        calls = []
+
+        def nothing(x):
+            calls.append(x)
+            return [{}] * len(x)
+
+        judge.detect = nothing
         assert judge.correct(mixed, prompts[:3]) == [False] * 3
-        assert len(detect_sizes) == 3
+        assert len(calls) == 3
         tags = [judge.tag(p) for p in ("a red dog", "one dog", "a poem")]
         assert tags == ["colors", "counting", None]
         assert judge.prompts == ["a red dog", "one dog"]
@@ -417,7 +428,8 @@ class TestToy:
             rows = torch.tensor([[*slots, *[(0, 0, -9, 0, 0)] * (4 - len(slots))]]).float()
             return scene(to_images(make_toy.render(rows, torch.zeros(1))), [prompt])[0]
 
-        red_circle, blue_square = (16.0, 32.0, 9.0, 0, 0), (48.0, 32.0, 9.0, 1, 3)
+        red_circle = (16.0, 32.0, 9.0, 0, 0)
+        blue_square = (48.0, 32.0, 9.0, 1, 3)
         assert score("a red circle", red_circle) == 1
         assert score("a blue circle", red_circle) == 0.5  # the shape is right
         assert score("a blue square", red_circle) == 0
@@ -492,13 +504,15 @@ class TestToy:
         dipole's."""
         torch.manual_seed(0)
         kw = dict(eta=1.5, radii=(0.5,), kernel="laplacian")
-        z, z_ref = torch.randn(5, 6), torch.randn(4, 6)
+        z = torch.randn(5, 6)
+        z_ref = torch.randn(4, 6)
         z_star = ablate.drift_on_colours_target(z, z_ref, z[:1], z[-1:], lambda_ref=0.7, **kw)[0]
         z64, ref64 = in_float64(z, z_ref)
         V, _ = loop_drift(z64, ref64, (0.5,), "laplacian")
         u = mean_scale([(a, b) for a in z64 for b in z64]) / 6 ** 0.5
         assert_close(z_star, z64 + 1.5 * u * 0.7 * V)
-        z, z_ref = torch.randn(5, 7), torch.randn(4, 7)
+        z = torch.randn(5, 7)
+        z_ref = torch.randn(4, 7)
         other = ablate.drift_on_colours_target(z, z_ref, z[:1], z[-1:], lambda_ref=0.7, **kw)[0]
         dipole = drpo.dipole_target(z, z_ref, z[:1], z[-1:], lambda_ref=0.2, **kw)[0]
         assert torch.equal(other, dipole)
@@ -554,7 +568,8 @@ class TestToy:
         assert config["radii"] == [0.5, 1.0]
         assert config["kernel"] == "rbf"
         columns = json.loads((run / "eval" / "report.json").read_text())["columns"]
-        tuned, base = columns[run.name], columns["base"]
+        tuned = columns[run.name]
+        base = columns["base"]
         name = scored if scored == "scene" else ablate.MINE + scored
         assert set(tuned["rewards"]) == {"scene", name}
         assert result["reward"] == tuned["rewards"][name]["mean"][0]
@@ -691,7 +706,8 @@ class TestPaper:
         """Seeds as the authors have them: the base's mean score from pictures drawn here."""
         argv = "--sets scenes-test --limit 3 --seeds 42,43 --batch 2 --rewards jpeg".split()
         paper.main([str(toy_lora), *argv, "--out", str(tmp_path / "out")])
-        G, scores = drpo.load_generator("toy"), []
+        G = drpo.load_generator("toy")
+        scores = []
         prompts = rewards.load_prompts("scenes-test")[:3]
         for seed in (42, 43):
             for n, prompt in enumerate(prompts):

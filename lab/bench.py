@@ -524,9 +524,7 @@ def cost(args):
     """Updates of 8 x 24 pictures with a 7B reward: DrPO, which ranks by it, against its
     gradient."""
     reward = VisionLanguageReward(args.device)
-    cell(
-        "DrPO", lambda: measured(args, config(args, "sd-turbo", micro_batch=24, steps=4), reward)
-    )
+    cell("DrPO", lambda: measured(args, config(args, "sd-turbo", micro_batch=24, steps=4), reward))
     G = drpo.load_generator(
         make("sd-turbo", args.folder / "sd-turbo", args.device),
         device=args.device,
@@ -558,10 +556,7 @@ def reward_gradient(G, parameters, optimizer, reward, chunk):
         optimizer.zero_grad()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return {
-        "s": statistics.median(seconds[1:]),
-        "GiB": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    return {"s": statistics.median(seconds[1:]), "GiB": torch.cuda.max_memory_allocated() / 2**30}
 
 
 # ===== ties of a judge

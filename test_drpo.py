@@ -247,11 +247,10 @@ def pipeline(kind, folder):
     unet = dict(sample_size=8, block_out_channels=(32, 64), attention_head_dim=(2, 4),
                 norm_num_groups=16, use_linear_projection=True)
     parts = dict(
-        vae=diffusers.AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1,
-                                    norm_num_groups=8,
-                                    sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3,
-                                    up_block_types=("UpDecoderBlock2D",) * 3,
-                                    scaling_factor=0.13025 if kind == "sdxl" else 0.18215),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            scaling_factor=0.13025 if kind == "sdxl" else 0.18215),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
         tokenizer=tokenizer(folder))
     with torch.no_grad():
@@ -259,27 +258,23 @@ def pipeline(kind, folder):
         for p in parts["vae"].decoder.conv_out.parameters():
             p.mul_(3)
     if kind == "sd":
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            **unet, layers_per_block=1, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
         return diffusers.StableDiffusionPipeline(
-            **parts, unet=diffusers.UNet2DConditionModel(**unet, layers_per_block=1,
-                                                         cross_attention_dim=32,
-                                                         down_block_types=("CrossAttnDownBlock2D",
-                                                                           "DownBlock2D"),
-                                                         up_block_types=("UpBlock2D",
-                                                                         "CrossAttnUpBlock2D")),
-            scheduler=diffusers.EulerDiscreteScheduler(**schedule), safety_checker=None,
+            **parts, scheduler=diffusers.EulerDiscreteScheduler(**schedule), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False)
+    parts["unet"] = diffusers.UNet2DConditionModel(
+        **unet, layers_per_block=2, cross_attention_dim=64, transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    second = transformers.CLIPTextConfig(**text, projection_dim=32)
     return diffusers.StableDiffusionXLPipeline(
         **parts, tokenizer_2=parts["tokenizer"], add_watermarker=False,
-        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text,
-            projection_dim=32)),
-        unet=diffusers.UNet2DConditionModel(**unet, layers_per_block=2, cross_attention_dim=64,
-                                            transformer_layers_per_block=(1, 2),
-                                            addition_embed_type="text_time",
-                                            addition_time_embed_dim=8,
-                                            projection_class_embeddings_input_dim=6 * 8 + 32,
-                                            down_block_types=("DownBlock2D",
-                                                              "CrossAttnDownBlock2D"),
-                                            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(second),
         scheduler=diffusers.EulerAncestralDiscreteScheduler(**schedule))
 
 @pytest.fixture(scope="session")
@@ -795,10 +790,13 @@ class TestTheField:
         s = mean_scale([(x, y) for x in in_float64(z)[0] for y in in_float64(other[:5])[0]])
         for kernel in KERNELS:
             signed = list(zip(in_float64(other[:5])[0], (1, 1, 1, -1, -1)))
-            want = [sum(math.exp(log_of_kernel(x, a, 0.3 * s, 0.3, kernel)) * sign for a,
-                        sign in signed) for x in in_float64(z)[0]]
-            assert_close(drpo.dipole_energy(z, positive, negative, radius=0.3, kernel=kernel),
-                         np.array(want))
+            want = []
+            for x in in_float64(z)[0]:
+                terms = [sign * math.exp(log_of_kernel(x, a, 0.3 * s, 0.3, kernel))
+                         for a, sign in signed]
+                want.append(sum(terms))
+            E = drpo.dipole_energy(z, positive, negative, radius=0.3, kernel=kernel)
+            assert_close(E, np.array(want))
 
     def test_swapping_best_and_worst_flips_the_dipole(self):
         z, _, positive, negative = point_sets(7)
@@ -878,13 +876,12 @@ class TestTheField:
 
     def test_unknown_kernel_is_refused_where_it_is_computed(self):
         z, reference, positive, negative = point_sets(14)
-        for field in (lambda: drpo.dipole_energy(z, positive, negative, radius=0.5,
-                                                 kernel="laplace"),
-                      lambda: drpo.dipole_field(z, positive, negative, radii=(0.5,),
-                                                kernel="laplace"),
-                      lambda: drpo.reference_drift(z, reference, radii=(0.5,), kernel="laplace"),
-                      lambda: drpo.released_field(z, positive, negative, radii=(0.5,),
-                                                  kernel="laplace")):
+        kw = dict(radii=(0.5,), kernel="laplace")
+        anchors = (z, positive, negative)
+        for field in (lambda: drpo.dipole_energy(*anchors, radius=0.5, kernel="laplace"),
+                      lambda: drpo.dipole_field(z, positive, negative, **kw),
+                      lambda: drpo.reference_drift(z, reference, **kw),
+                      lambda: drpo.released_field(z, positive, negative, **kw)):
             with pytest.raises(ValueError, match="laplace.*laplacian"):
                 field()
 
@@ -987,8 +984,8 @@ class TestTheField:
         p, n = z[4:], z[:2]
         kw = dict(radii=(0.2,), kernel="laplacian")
         want = [drpo.dipole_field(z, p, n, **kw)[0], drpo.reference_drift(z, z + 0.1, **kw)[0],
-                drpo.released_field(z, p, n, **kw)[0], drpo.dipole_energy(z, p, n, radius=0.2,
-                                                                          kernel="laplacian")]
+                drpo.released_field(z, p, n, **kw)[0],
+                drpo.dipole_energy(z, p, n, radius=0.2, kernel="laplacian")]
         for got, w in zip(out, want):
             torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-6)
 
@@ -1108,16 +1105,19 @@ class TestFeatures:
         c = G.encode(PROMPTS)
         pipe, seen = DiffusionPipeline.from_pretrained(models / kind), []
         blocks = (pipe.unet.down_blocks[-1], pipe.unet.mid_block, pipe.unet.up_blocks[0])
+
+        def keep(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
+            seen.append(out.detach())
+
         for block in blocks:
-            block.register_forward_hook(
-                lambda module, args, out: seen.append((out[0] if isinstance(out, tuple)
-                                                       else out).detach()))
+            block.register_forward_hook(keep)
         noise = drpo.prompt_noise(0, 0, (4, 8, 8))
         added = None
         if kind == "sdxl":
             text, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32,
-                                                                       32]]).expand(2, -1)}
+            ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, -1)
+            added = {"text_embeds": pooled, "time_ids": ids}
         else:
             text = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
         with torch.no_grad():
@@ -2098,8 +2098,8 @@ class TestARun:
             assert lines - 1 <= step <= lines, f"{lines} steps done, {step} saved, {reached} before"
             assert step >= reached, f"{lines} steps done, {step} saved, {reached} before"
             reached = step
-            run = RunProcess(["--resume", "run", *(["--steps", str(step + 1)] if rounds == 7
-                                                   else [])], home)
+            further = ["--steps", str(step + 1)] if rounds == 7 else []
+            run = RunProcess(["--resume", "run", *further], home)
         assert run.wait() == 0, run.err
         assert [m["step"] for m in metrics_of(folder)] == list(range(1, reached + 2))
         assert reached >= 4
@@ -2311,8 +2311,8 @@ class TestARun:
             drpo.train(drpo.Config(model=str(models / "sd")))
 
     def test_a_scheduler_s_variables_without_torchrun(self, models, home):
-        run = RunProcess(command(models, steps=1), home, {"RANK": "3", "WORLD_SIZE": "8",
-                                                          "LOCAL_RANK": "3"})
+        variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+        run = RunProcess(command(models, steps=1), home, variables)
         assert run.wait() == 0, run.err
         assert (home / "run" / drpo.LORA_FILE).exists()
 
@@ -2688,8 +2688,8 @@ class TestRewardsPyContract:
         ("my_file.py:f=3,a.b:c", {"my_file.py:f": 3, "a.b:c": 1}),
         ("http://h:8000=0.5,https://g", {"http://h:8000": 0.5, "https://g": 1}),
         ("vlm@http://h:1/v1?model=q", {"vlm@http://h:1/v1?model=q": 1}),
-        ("vlm@http://h:1/v1?a=b&model=q=0.25,clip=2", {"vlm@http://h:1/v1?a=b&model=q": 0.25,
-                                                       "clip": 2}),
+        ("vlm@http://h:1/v1?a=b&model=q=0.25,clip=2",
+         {"vlm@http://h:1/v1?a=b&model=q": 0.25, "clip": 2}),
     ])
     def test_reward_spec(self, spec, weights):
         assert rewards.parse(spec) == weights
@@ -2968,8 +2968,8 @@ class TestRewardsPyFiles:
     @pytest.mark.parametrize("name,text,want", (
         ("a.txt", "\ufeffa cat\r\n\r\n a dog \n", ["a cat", "a dog"]),
         ("a", "a\u2028b\n", ["a\u2028b"]),
-        ("a.jsonl", '{"Prompt": "a"}\n"b"\n', ["a", "b"]), ("a.json", '["a", {"TEXT": "b"}]',
-                                                            ["a", "b"]),
+        ("a.jsonl", '{"Prompt": "a"}\n"b"\n', ["a", "b"]),
+        ("a.json", '["a", {"TEXT": "b"}]', ["a", "b"]),
         ("a.csv", 'id,Caption\n1,"a, ""b"""\n2,c\n', ['a, "b"', "c"]),
         ("a.tsv", "Prompt\tnote\na\tx\nb\n", ["a", "b"]),
         # as PartiPrompts.tsv has it (google-research/parti 5a65797): quotes are letters
@@ -3051,8 +3051,8 @@ class TestRewardsPyFiles:
         assert np.asarray(rewards.read_picture(tmp_path / "palette.png")).min() == 255
         frames = [Image.new("RGB", (8, 8), c) for c in ("lime", "blue")]
         frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-        assert np.asarray(rewards.read_picture(tmp_path / "moving.gif"))[0, 0].tolist() == [0, 255,
-                                                                                            0]
+        first = np.asarray(rewards.read_picture(tmp_path / "moving.gif"))
+        assert first[0, 0].tolist() == [0, 255, 0]
         Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
         red = np.asarray(rewards.read_picture(tmp_path / "cmyk.jpg"))[0, 0]
         assert red[0] > 180
@@ -3145,8 +3145,8 @@ def open_clip_weights(projection=24):
     weights = {"logit_scale": torch.tensor(4.6), "positional_embedding": draw(77, 32),
                "text_projection": draw(32, projection), "token_embedding.weight": draw(54, 32),
                "visual.class_embedding": draw(64), "visual.proj": draw(64, projection),
-               "visual.positional_embedding": draw(17, 64), "visual.conv1.weight": draw(64, 3, 56,
-                                                                                        56) * .2}
+               "visual.positional_embedding": draw(17, 64),
+               "visual.conv1.weight": draw(64, 3, 56, 56) * .2}
     norms = {"visual.ln_pre": 64, "visual.ln_post": 64, "ln_final": 32}
     for prefix, width in (("visual.", 64), ("", 32)):
         for n in range(2):
@@ -3186,8 +3186,8 @@ CLIP_PROMPTS = ["a cat", "a red dog", "two birds", "a cat"]
 def behaves(reward, tolerance=1e-5):
     """What every model reward must do: repeat itself, not care for order or batch size, tell
     pictures apart."""
-    images, prompts = some_images(5, (90, 70)) + [Image.new("RGB", (90, 70))], ["a cat",
-                                                                                "a dog"] * 3
+    images = some_images(5, (90, 70)) + [Image.new("RGB", (90, 70))]
+    prompts = ["a cat", "a dog"] * 3
     (name, part), = reward.parts.items()
     scores = reward(images, prompts)
     assert torch.equal(scores, reward(images, prompts))
@@ -3351,9 +3351,8 @@ class TestRewardsPyModels:
         for name in ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth"):
             torch.save(head_weights(768), tmp_path / name)
             reward = rewards.load(f"aesthetic@{tmp_path}")
-            assert reward(images,
-                          CLIP_PROMPTS).tolist() == pytest.approx(ORIGINAL_SCORES["aesthetic"],
-                                                                  abs=3e-6)
+            scores = reward(images, CLIP_PROMPTS).tolist()
+            assert scores == pytest.approx(ORIGINAL_SCORES["aesthetic"], abs=3e-6)
             (tmp_path / name).unlink()
         assert torch.equal(reward(images, CLIP_PROMPTS), reward(images, ["another"] * 4))
         behaves(reward, 1e-6)
@@ -3366,8 +3365,8 @@ class TestRewardsPyModels:
         reward = rewards.load(f"hpsv2@{tmp_path}")
         images = waves(4, (640, 427))
         tall = reward(waves(4, (85, 320)), CLIP_PROMPTS)
-        assert reward(images, CLIP_PROMPTS).tolist() == pytest.approx(ORIGINAL_SCORES["hpsv2"],
-                                                                      abs=3e-6)
+        scores = reward(images, CLIP_PROMPTS).tolist()
+        assert scores == pytest.approx(ORIGINAL_SCORES["hpsv2"], abs=3e-6)
         assert tall.tolist() == pytest.approx(ORIGINAL_SCORES["hpsv2 tall"], abs=3e-6)
         assert torch.allclose(reward(images, ["\uff41 cat", "a red dog", "two&#32;birds", "a cat"]),
                               reward(images, CLIP_PROMPTS))
@@ -3394,9 +3393,8 @@ class TestRewardsPyModels:
         torch.save(blip_weights(), tmp_path / "ImageReward.pt")
         reward = rewards.load(f"imagereward@{tmp_path}")
         images = waves(4, (640, 427))
-        assert reward(images,
-                      CLIP_PROMPTS).tolist() == pytest.approx(ORIGINAL_SCORES["imagereward"],
-                                                              abs=3e-6)
+        scores = reward(images, CLIP_PROMPTS).tolist()
+        assert scores == pytest.approx(ORIGINAL_SCORES["imagereward"], abs=3e-6)
         behaves(reward)
 
     def test_reward_hpsv3(self, monkeypatch, tmp_path):
@@ -3708,7 +3706,7 @@ class TestRewardsPyServed:
                                       "message": {"content": ""}}]}),
                   (200, {"choices": [{"message": {"content": None,
                                                   "reasoning_content": "Score: 3"}}]}),
-                                                  reply("Score: 4")]
+                  reply("Score: 4")]
         with scripted(script) as (_, url):
             reward, part = vlm_at(url)
             scores = [float(reward(some_images(1), ["a"])) for _ in range(4)]
@@ -3761,8 +3759,8 @@ class TestRewardsPyServed:
 
     def test_reward_vlm_of_another_scale(self):
         with scripted([], lambda request: reply("Score: 4/5")) as (bound, url):
-            assert float(rewards.load(f"vlm@{url}/v1?model=m&scale=1-5")(some_images(1),
-                                                                         ["a"])) == 4
+            reward = rewards.load(f"vlm@{url}/v1?model=m&scale=1-5")
+            assert float(reward(some_images(1), ["a"])) == 4
         assert "from 1 to 5" in bound.requests[0][2]["messages"][0]["content"][1]["text"]
 
     def test_reward_cli(self, tmp_path, capsys):
@@ -4087,11 +4085,12 @@ class TestEvalPy:
                                                                         capsys):
         reports = []
         for n in (1, 2):
-            code, out, _ = eval_main(capsys, eval_runs[0], "--limit", 6, "--samples", 4, "--device",
-                                     "cpu", "--out",
-                                    tmp_path / str(n))
+            folder = tmp_path / str(n)
+            code, out, _ = eval_main(capsys, eval_runs[0], "--limit", 6, "--samples", 4,
+                                     "--device", "cpu", "--out", folder)
             assert code == 0
             assert "win rate" in out
+            assert (folder / "report.md").read_text() in out
             reports.append((tmp_path / str(n) / "report.json").read_bytes())
         assert reports[0] == reports[1]
         c = json.loads(reports[0])["columns"]["untrained"]
@@ -4106,8 +4105,7 @@ class TestEvalPy:
     def test_eval_table_has_a_column_for_each_run_and_for_best_of(self, eval_runs, judge_at,
                                                                   tmp_path, capsys):
         code, out, _ = eval_main(capsys, *eval_runs, "--limit", 4, "--samples", 2, "--best-of", 3,
-                                 "--judge", judge_at,
-                                "--device", "cpu", "--out", tmp_path)
+                                 "--judge", judge_at, "--device", "cpu", "--out", tmp_path)
         report = json.loads((tmp_path / "report.json").read_text())
         assert code == 0
         assert list(report["columns"]) == ["base", "untrained", "moved", "base best-of-3"]
@@ -4132,23 +4130,22 @@ class TestEvalPy:
             assert sum(index, []) == [0, 1, 2]
             found.append(torch.cat(x))
         assert torch.allclose(*found, atol=1e-4)
-        fewer = torch.cat([x for _, x, _ in E.generate(G, prompts, 2, 7,
-                                                       16)])  # noise i is the same for any n
+        fewer = torch.cat([x for _, x, _ in E.generate(G, prompts, 2, 7, 16)])
+        # noise i is the same for any n
         assert torch.allclose(fewer, found[0][:, :2], atol=1e-4)
 
     def test_eval_bootstrap_interval_covers_the_truth(self):
         rng, hits, trials = np.random.default_rng(1), 0, 400
         for _ in range(trials):
-            effect = 0.3 + rng.normal(0, 1, (60,
-                                             # prompts differ, and so do the pictures of a prompt
-                                             1))
+            # prompts differ, and so do the pictures of a prompt
+            effect = 0.3 + rng.normal(0, 1, (60, 1))
             value, low, high = E.mean_interval(effect + rng.normal(0, 2, (60, 4)))
             assert low <= value <= high
             hits += low <= 0.3 <= high
         # 0.95 within three standard errors, less the bias of 60 clusters
         assert 0.91 <= hits / trials <= 0.98
-        naive = E.mean_interval(np.repeat(rng.normal(0, 1, (60, 1)), 50,
-                                          1))  # 3000 pictures, but only 60 prompts
+        # 3000 pictures, but only 60 prompts
+        naive = E.mean_interval(np.repeat(rng.normal(0, 1, (60, 1)), 50, 1))
         assert naive[2] - naive[1] > 0.3
 
     def test_eval_interval_of_little_or_nothing(self):
@@ -4172,10 +4169,8 @@ class TestEvalPy:
             assert found == pytest.approx(np.mean(pairs), rel=1e-5) if pairs else np.isnan(found)
 
     def test_eval_diversity_of_right_pictures_is_compared_on_the_same_prompts(self):
-        base = torch.tensor([[[0.0], [1.0]], [[0.0],
-                                              # an easy prompt of little, a hard one of much
-                                              # diversity
-                                              [10.0]]])
+        # an easy prompt of little, a hard one of much diversity
+        base = torch.tensor([[[0.0], [1.0]], [[0.0], [10.0]]])
         right_base, right_tuned = np.array([[True, True], [True, False]]), np.ones((2, 2), bool)
         found = E.diversity(base, base, right_base, right_tuned)
         # the very same pictures: no more, no less diverse

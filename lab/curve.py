@@ -4,6 +4,7 @@ Reward (band: best to worst of a prompt), every watched reward, and diversity, o
 matplotlib, which is no requirement of the project.
 """
 import contextlib
+import argparse
 import json
 import operator
 import sys
@@ -55,7 +56,8 @@ def draw(folder):
 
 if __name__ == "__main__":
     with rewards.one_line_errors():
-        if len(sys.argv) < 2:
-            raise rewards.UserError("name a run's folder")
-        for run in sys.argv[1:]:
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("runs", nargs="+", metavar="RUN")
+        for run in parser.parse_args().runs:
             draw(run)

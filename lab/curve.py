@@ -3,8 +3,8 @@
 Reward (band: best to worst of a prompt), every watched reward, and diversity, over steps. Needs
 matplotlib, which is no requirement of the project.
 """
-import contextlib
 import argparse
+import contextlib
 import json
 import operator
 import sys

@@ -183,6 +183,13 @@ def verdicts_of(name, part, images, prompts):
                         " it gives True, False or None for each image") from e
 
 
+def tag_of(part, prompt):
+    """The task of a prompt as text; without a tag function all are of one."""
+    if not callable(getattr(part, "tag", None)):
+        return "all"
+    return str(part.tag(prompt))
+
+
 def best_index(reward, ranked, scores, samples):
     """Scores {part: (P, N S)} of S = samples slots, candidate c of slot s at c S + s -> (P, S)."""
     slots = {name: scores[name].unflatten(1, (-1, samples)).mT for name in ranked}  # (P, S, N)
@@ -302,8 +309,7 @@ def figures(base, other, reward, prompts):
     for name in base.right:
         a = base.right[name].numpy()  # (P, N)
         b = other.right[name].numpy()
-        tag_of = getattr(reward.parts[name], "tag", lambda prompt: "all")
-        tags = np.array([str(tag_of(prompt)) for prompt in prompts])
+        tags = np.array([tag_of(reward.parts[name], prompt) for prompt in prompts])
         groups = {"all": tags != "None"}
         for tag in sorted(set(tags) - {"None", "all"}):
             groups[tag] = tags == tag

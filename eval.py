@@ -491,33 +491,20 @@ def aligned(lines):
 
 # ===== 5. A judge: a vision-language model that sees two pictures and says which is better.
 
-QUESTION = """Two pictures, A and B, were made for this text: {prompt}
-Which of them shows the text better and looks better? Answer with one line of the form
-Answer: A
-or Answer: B, or Answer: tie"""
-
-
 def judge(address, prompts, base, tuned):
     """Ask about each pair of PIL pictures in both orders -> counts, and the win rate of tuned.
 
     A pair scores the mean of its two answers: opposite ones are a tie; one without an answer, or
     with an error in its place, drops the pair, and a line says how many."""
-    vlm = rewards.Vlm(address)
+    vlm = rewards.build(f"vlm@{address}")
     troubles = []
 
-    def ask(prompt, a, b):  # -> 1 for A, 0 for B, 0.5 for a tie, NaN for no answer
-        content = [{"type": "text", "text": QUESTION.format(prompt=prompt)}]
-        for name, image in (("A", a), ("B", b)):
-            content += [{"type": "text", "text": f"Picture {name}:"}, rewards.image_part(image)]
+    def ask(prompt, a, b):  # -> 1 for a, 0 for b, 0.5 for a tie, NaN for no answer
         try:
-            reply = re.sub(r"[*_`]", "", vlm.ask(content))
+            return vlm.first_is_better(prompt, a, b)
         except UserError as e:
             troubles.append(e)
             return np.nan
-        found = re.findall(r"answer\W*(a|b|tie)\b", reply, re.I)
-        found = found or re.findall(r"^\W*(a|b|tie)\W*$", reply, re.I)
-        said = found[-1].lower() if found else ""
-        return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(said, np.nan)
 
     with ThreadPoolExecutor(8) as pool:
         first = np.array(list(pool.map(ask, prompts, base, tuned)))  # base shown first

@@ -16,7 +16,7 @@ A spec is `name[=weight],name[=weight],...` where a name is one of
     my_file.py:function              a function(images, prompts), or a class, made without arguments
     package.module:name              the same from a module on the path or in this folder
     http://127.0.0.1:8000            a reward served by `python rewards.py serve NAME`
-    vlm@http://host:8000/v1?model=m  an OpenAI-compatible judge (see `vlm`)
+    vlm@http://host:8000/v1?model=m  an OpenAI-compatible judge (see lab/judge.py)
 The weight is what follows the last `=`; in the query of a URL the first `=` of a pair is the pair's
 own: `vlm@http://host/v1?model=m=0.5` has weight 0.5. Names hold no comma.
 
@@ -28,13 +28,12 @@ told, `correct(images, prompts)` -> list of bool (None: not judged) and `tag(pro
 What a reward does to its input, to torch's global settings or to the working directory, no other
 sees.
 
-    python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py list
+    python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py serve NAME [--port 8000] [--host 127.0.0.1]
 
-Environment: REWARD_TOKEN (bearer token of served rewards, both ends), REWARD_PATIENCE (seconds that
-a client goes on trying, 600), REWARD_TIMEOUT (seconds for one answer, 300), VLM_TOKEN or
-OPENAI_API_KEY (bearer token of the judge).
+Environment: REWARD_TOKEN (of served rewards, both ends), REWARD_PATIENCE (seconds that a client
+goes on trying, 600), REWARD_TIMEOUT (seconds for an answer, 300), VLM_TOKEN or OPENAI_API_KEY.
 """
 import argparse
 import base64
@@ -43,10 +42,7 @@ import csv
 import difflib
 import functools
 import hashlib
-import hmac
-import html
 import http.client
-import importlib
 import importlib.util
 import inspect
 import io
@@ -58,15 +54,11 @@ import numbers
 import os
 import re
 import sys
-import tempfile
-import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -196,15 +188,13 @@ def build(name, device="cpu"):
     known, _, path = name.partition("@")
     if known in REWARDS:
         with world_kept():
-            return REWARDS[known](device, path or None)
+            return factory_of(known)(device, path or None)
     source, _, attribute = name.rpartition(":")
     if source and attribute.isidentifier():
         return user_reward(name)
-    near = ", ".join(difflib.get_close_matches(known, REWARDS, n=3, cutoff=0.5))
-    hint = "for all names: python rewards.py list"
     if name.endswith(".py"):
-        hint = f"name what it holds, {name}:function"
-    raise UserError(f"unknown reward {name!r}{f'; nearest: {near}' if near else ''}; {hint}")
+        raise UserError(f"reward {name!r}: name what it holds, {name}:function")
+    return pick("reward", known, REWARDS, "for all: python rewards.py list")
 
 
 def imported(kind, name):
@@ -266,19 +256,17 @@ def import_file(path):
     return sys.modules[name]
 
 
-def autocast(device):
-    """Reads and sets torch's autocast of a device."""
-    return (functools.partial(torch.is_autocast_enabled, device),
-            functools.partial(torch.set_autocast_enabled, device))
-
-
 GLOBALS = [  # (read, set) of what a reward could change for everybody
     (os.getcwd, os.chdir), (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.is_grad_enabled, torch.set_grad_enabled), autocast("cpu"), autocast("cuda"),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    (torch.get_num_threads, torch.set_num_threads)]
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_device, torch.set_default_device)]
+for kind in ("cpu", "cuda"):
+    GLOBALS.append((functools.partial(torch.is_autocast_enabled, kind),
+                    functools.partial(torch.set_autocast_enabled, kind)))
 
 
 @contextlib.contextmanager
@@ -286,15 +274,12 @@ def world_kept():
     """Puts back what the code inside may change for everybody: the working directory, torch's
     default dtype and device, gradient mode, autocast, precision, threads."""
     before = [read() for read, _ in GLOBALS]
-    device = torch.get_default_device()
     try:
         yield
     finally:
         for (read, put), value in zip(GLOBALS, before):
             if read() != value:
                 put(value)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)  # None would break get_default_device of torch 2.6
 
 
 class Reward:
@@ -401,9 +386,10 @@ def checked(name, call, images, prompts):
     try:
         if isinstance(values, (torch.Tensor, np.ndarray)):
             values = values.tolist()
-        if not isinstance(values, (list, tuple)) or len(values) != len(images):
-            count = f"{len(values)} scores" if isinstance(values, (list, tuple)) else ""
-            raise ValueError(f"{count or type(values).__name__} for {len(images)} images")
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(type(values).__name__)
+        if len(values) != len(images):
+            raise ValueError(f"{len(values)} scores for {len(images)} images")
         return torch.tensor([number_of(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"reward {name!r}: returned {' '.join(str(error).split())[:120]}; a reward "
@@ -468,7 +454,6 @@ def fetch(url, sha256):
             path.parent.mkdir(parents=True, exist_ok=True)
             print(f"fetching {url}, once", file=sys.stderr)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-            print(f"fetched {path}", file=sys.stderr)
         right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     except (OSError, RuntimeError) as e:
         raise UserError(f"{url} could not be fetched ({one_line(e)}); put the file at {path} and "
@@ -528,48 +513,42 @@ def hub_file(repo, name):
 
 
 def from_hub(repo, choose):
-    """Fetches the files of a repository that choose(names) picks, each with a bar on a terminal,
-    and says how much is to come; offline, what an earlier start fetched -> folder."""
+    """The files of a repository that choose(names) picks; offline, what an earlier start fetched
+    -> folder."""
     import huggingface_hub as hub
     import huggingface_hub.errors  # noqa: F401
     try:
         info = hub.HfApi().model_info(repo, files_metadata=True)
     except (hub.errors.RepositoryNotFoundError, hub.errors.GatedRepoError):
         raise
-    except Exception as e:  # no network, HF_HUB_OFFLINE=1, a hub that is down
-        try:
+    except Exception:  # no network, HF_HUB_OFFLINE=1, a hub that is down
+        with contextlib.suppress(Exception):
             return hub.snapshot_download(repo, local_files_only=True)
-        except Exception:
-            raise e from None
+        raise
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = choose(list(sizes))
     missing = [name for name in wanted
                if not isinstance(hub.try_to_load_from_cache(repo, name, revision=info.sha), str)]
-    size = sum(sizes.get(name, 0) for name in missing) / 1e9
-    told = size > 1e-3 or any(WEIGHTS.fullmatch(name.rpartition("/")[2]) for name in missing)
-    if told:
+    weights = [name for name in missing if name.endswith((".safetensors", ".bin", ".pt"))]
+    if weights:
+        size = sum(sizes.get(name, 0) for name in weights) / 1e9
         print(f"fetching {repo}, {size:.2g} GB, once", file=sys.stderr, flush=True)
-    folder = None
     for name in wanted:
         path = Path(hub.hf_hub_download(repo, name))
-        folder = path.parents[name.count("/")]
-    if told:
+    if weights:
         print(f"fetched {repo}", file=sys.stderr, flush=True)
-    return str(folder)
+    return str(path.parents[name.count("/")])
 
 
 @contextlib.contextmanager
 def fetching(name, files, repo, path):
     """`reading` of a reward's files: the line says where they come from."""
     source = path or f"https://huggingface.co/{repo}"
-    hint = f"for a local copy give {name}@/path/to/folder"
-    with reading(f"reward {name!r}: {files} of {source}", hint):
+    with reading(f"reward {name!r}: {files} of {source}",
+                 f"for a local copy give {name}@/path/to/folder"):
         if path and not Path(path).exists():
             raise FileNotFoundError("no such file or folder")
-        try:
-            yield
-        except UserError as e:  # of `fetch`
-            raise UserError(f"reward {name!r}: {e}; {hint}") from e
+        yield
 
 
 def repo_file(repo, filename, path):
@@ -591,18 +570,16 @@ def tokenizer_at(repo, path, max_length, **options):
     """The tokenizer in folder `path` if one lies there, else of the hub's `repo`, as a function of
     a list of texts -> input_ids and attention_mask, (B, max_length)."""
     from transformers import AutoTokenizer
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
-    here = path and any((Path(path) / name).exists() for name in names)
-    source = path if here else from_hub(repo, lambda files: [
-        name for name in files if name in (*names, "merges.txt", "config.json",
-                                           "special_tokens_map.json")])
+    wanted = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt",
+              "config.json", "special_tokens_map.json")
+    here = path and any((Path(path) / name).exists() for name in wanted[:4])
+    source = path if here else from_hub(repo, lambda names: [n for n in names if n in wanted])
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return lambda texts: tokenizer(texts, padding="max_length", truncation=True,
                                    max_length=max_length, return_tensors="pt")
 
 
-# weights that may be missing or left over: buffers of old files, and a last norm that transformers
-# 5.9 added to Swin and no feature uses
+# may be missing or left over: buffers of old files, a last norm that transformers 5.9 gave Swin
 UNUSED = re.compile(r"(.*\.)?position_ids|.*\bswin\.layernorm\.(weight|bias)")
 
 
@@ -628,22 +605,6 @@ def half_on(device):
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def linear_head(weights, prefix, device):
-    """The heads of the LAION predictor and of ImageReward: linear layers 0, 2, 4, 6, 7 with nothing
-    between them (the numbers left out were dropouts) -> function (B, D) -> (B,) in float32."""
-    layers = []
-    for i in (0, 2, 4, 6, 7):
-        layers.append([weights[f"{prefix}layers.{i}.{kind}"].to(device, torch.float32)
-                       for kind in ("weight", "bias")])
-
-    def head(x):
-        for weight, bias in layers:
-            x = F.linear(x.float(), weight, bias)
-        return x.squeeze(-1)
-
-    return head
-
-
 def takes_tensors(score, batch_size):
     """Marks a function that takes PIL images and tensors alike."""
     score.score_tensor = score
@@ -654,7 +615,7 @@ def takes_tensors(score, batch_size):
 # ===== rewards that need no model
 
 def no_files(reward):
-    """The factory of a reward that needs neither device nor files."""
+    """A reward that needs neither device nor files -> its factory."""
     def factory(device="cpu", path=None):
         if path:
             raise UserError(f"reward {reward.__name__!r}: it takes no path")
@@ -662,19 +623,6 @@ def no_files(reward):
 
     factory.__doc__ = reward.__doc__
     return factory
-
-
-def scene(device="cpu", path=None):
-    """Pictures of coloured shapes against their captions, by a program: lab/scene.py:scene.
-
-    model    none: a program
-    licence  none
-    size     0
-    scale    0 to 1; the toy's captions alone, every other one gives NaN
-    source   lab/scene.py
-    compared nothing: it is the original
-    """
-    return user_reward(f"{HERE}/lab/scene.py:scene")
 
 
 def incompressibility(images, prompts):
@@ -715,15 +663,6 @@ CLIP_L = "openai/clip-vit-large-patch14"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-VIT_H = {  # open_clip's ViT-H-14, which PickScore and HPSv2 are tuned from
-    "projection_dim": 1024,
-    "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                        num_attention_heads=16, hidden_act="gelu", projection_dim=1024),
-    "vision_config": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-                          num_attention_heads=16, hidden_act="gelu", projection_dim=1024,
-                          patch_size=14)}
-
-
 @functools.lru_cache
 def constants(channels, device):
     """Three numbers as (3,1,1) on the device; kept there, since sending them makes the GPU wait."""
@@ -734,11 +673,10 @@ def clip_pixels(images, device, size=224, fit="floor"):
     """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP
     does.
 
-    fit "floor": the short side becomes `size` and the middle is cut out, an odd pixel left at the
-    far side as in transformers; "round": cut as torchvision does (other by a pixel for some shapes,
-    never for squares); "pad": the long side becomes `size`, the rest is black, in float and resized
-    once, as HPSv2 does. A tensor goes through the same arithmetic as PIL's bicubic filter, rounding
-    between its two passes included: a picture scores the same before and after it is saved."""
+    fit "floor": the short side becomes `size` and the middle is cut out as in transformers;
+    "round": as in torchvision (other by a pixel for some shapes, never for squares); "pad": the
+    long side becomes `size`, the rest is black, as in HPSv2. A tensor goes through the arithmetic
+    of PIL's bicubic filter: a picture scores the same before and after it is saved."""
     batches = [images.to(device)] if isinstance(images, torch.Tensor) else images
     resize = pad_resize if fit == "pad" else crop_resize
     whole_number = round if fit == "round" else int
@@ -801,10 +739,9 @@ class Clip:
     @torch.no_grad()
     def text(self, texts):
         """list of B strings -> (B,D)."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        if len(self.known) + len(new) > 4096:
+        if len(self.known) > 4096:
             self.known = {}
-            new = list(dict.fromkeys(texts))
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for i in range(0, len(new), 256):
             # padding comes after the token that is pooled, and attention looks back only: no mask
             # is needed. One, or a copy that blocks, would make the host wait for the GPU
@@ -861,236 +798,6 @@ def clip(device="cpu", path=None):
     return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
 
 
-AESTHETIC = ("https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/"
-             "6934dd81792f086e613a121dbce43082cb8be85e/sac+logos+ava1-l14-linearMSE.pth",
-             "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0")  # 3,714,759 bytes
-
-
-def aesthetic(device="cpu", path=None):
-    """How much people like the picture; the prompt is ignored.
-
-    model    sac+logos+ava1-l14-linearMSE.pth (LAION), on openai/clip-vit-large-patch14
-    licence  Apache-2.0 (head), MIT (CLIP's code)
-    size     1.7 GB
-    scale    4 to 7 of 1 to 10
-    source   github.com/christophschuhmann/improved-aesthetic-predictor 6934dd81
-    compared that repository's code with the real head, random CLIP: the same crops; fp16 costs
-             0.002, order kept
-    path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth)
-             and a copy of CLIP
-    """
-    names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
-    file, folder = path, None
-    if path and Path(path).is_dir():
-        there = [Path(path) / name for name in names if (Path(path) / name).exists()]
-        file, folder = there[0] if there else Path(path) / names[0], path
-    with fetching("aesthetic", names[0], "trl-lib/ddpo-aesthetic-predictor", path):
-        head = linear_head(read_weights(file or fetch(*AESTHETIC)), "", device)
-    model = clip_at("aesthetic", CLIP_L, device, folder, "round")
-    return takes_tensors(lambda images, prompts: head(model.image(images)), 256)
-
-
-def hpsv2(device="cpu", path=None):
-    """Human preference, version 2.1; pictures that are not square are padded with black.
-
-    model    HPS_v2.1_compressed.pt of xswu/HPSv2 (CLIP ViT-H-14), tokenizer of PickScore_v1
-    licence  Apache-2.0
-    size     2.0 GB
-    scale    cosine, 0.25 to 0.31
-    source   Wu et al. 2023, arXiv 2306.09341
-    compared hpsv2 1.2.0 of PyPI: pictures 0.0 levels apart; texts, 3 of 25,432 Pick-a-Pic prompts
-             get other tokens. Without antialiasing scores move by up to 0.021
-    path     the .pt file of version 2.1 or 2.0 (HPS_v2_compressed.pt, which DrPO's authors use), or
-             a folder with the 2.1 file and, to stay off the hub, the files of any CLIP tokenizer
-    """
-    from transformers import CLIPConfig, CLIPModel
-    quiet_libraries()
-    with fetching("hpsv2", "HPS_v2.1_compressed.pt", "xswu/HPSv2", path):
-        file = repo_file("xswu/HPSv2", "HPS_v2.1_compressed.pt", path)
-        state = from_open_clip(read_weights(file)["state_dict"])
-        model = frozen(CLIPModel, None, config=CLIPConfig(**VIT_H), state_dict=state)
-    with fetching("hpsv2", "the tokenizer", PICKSCORE, None):
-        tokenize = tokenizer_at(PICKSCORE, path, 77)
-    model = Clip(model, lambda texts: tokenize([repaired(text) for text in texts]), device, "pad")
-    return takes_tensors(lambda images, prompts: model.cosine(images, prompts), 256)
-
-
-def repaired(text):
-    """What open_clip's tokenizer does to a text first, without ftfy: HTML entities, quotes, wide
-    letters, ligatures."""
-    text = html.unescape(html.unescape(text))
-    text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
-    text = re.sub("[\u201c-\u201f]", '"', text)
-    wide = "[\uff01-\uff5e\u3000\ufb00-\ufb06]"
-    text = re.sub(wide, lambda found: unicodedata.normalize("NFKC", found[0]), text)
-    return unicodedata.normalize("NFC", text).strip()
-
-
-OPEN_CLIP_NAMES = [  # (open_clip's, transformers')
-    ("transformer.resblocks.", "encoder.layers."), ("attn.out_proj", "self_attn.out_proj"),
-    ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"), ("class_embedding", "embeddings.class_embedding"),
-    ("token_embedding", "embeddings.token_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"),
-    ("conv1", "embeddings.patch_embedding"), ("ln_pre", "pre_layrnorm"),
-    ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm")]
-
-
-def renamed(key, pairs):
-    """The key with every (old, new) replaced, in order."""
-    for old, new in pairs:
-        key = key.replace(old, new)
-    return key
-
-
-def from_open_clip(weights):
-    """State dict of open_clip's CLIP -> state dict of transformers' CLIPModel."""
-    converted = {"visual_projection.weight": weights["visual.proj"].T.contiguous(),
-                 "text_projection.weight": weights["text_projection"].T.contiguous(),
-                 "logit_scale": weights["logit_scale"]}
-    for key, value in weights.items():
-        if key in ("visual.proj", "text_projection", "logit_scale"):
-            continue
-        tower = "vision_model." if key.startswith("visual.") else "text_model."
-        key = tower + renamed(key.removeprefix("visual."), OPEN_CLIP_NAMES)
-        if "attn.in_proj_" in key:  # queries, keys and values in one matrix
-            for letter, third in zip("qkv", value.chunk(3)):
-                converted[key.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = third
-        else:
-            converted[key] = value
-    return converted
-
-
-# ===== ImageReward
-
-BLIP_TEXT = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                 intermediate_size=3072, vocab_size=30524, layer_norm_eps=1e-12,
-                 encoder_hidden_size=1024)
-BLIP_VISION = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-                   intermediate_size=4096, patch_size=16, image_size=224, layer_norm_eps=1e-6)
-BLIP_NAMES = [  # (ImageReward's, transformers')
-    ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
-    ("patch_embed.proj", "embeddings.patch_embedding"), ("blocks.", "encoder.layers."),
-    (".attn.", ".self_attn."), (".proj.", ".projection."), (".norm1.", ".layer_norm1."),
-    (".norm2.", ".layer_norm2.")]
-
-
-def imagereward(device="cpu", path=None):
-    """Human preference, trained on rankings with text-image agreement in mind.
-
-    model    ImageReward.pt of THUDM/ImageReward (BLIP), tokenizer of bert-base-uncased
-    licence  Apache-2.0
-    size     1.8 GB
-    scale    about -2 to 2, normalised to mean 0 and std 1 over its training pictures
-    source   Xu et al. 2023, arXiv 2304.05977
-    compared image-reward 1.5 of PyPI: 0 where the crop agrees, which it does now; fp16 (on a GPU;
-             the original runs float32) costs 0.011 of a spread of 4.3, order kept
-    path     ImageReward.pt, or a folder with it and, to stay off the hub, vocab.txt of
-             bert-base-uncased
-    """
-    quiet_libraries()
-    repo = "THUDM/ImageReward"
-    with fetching("imagereward", "ImageReward.pt", repo, path):
-        weights = read_weights(repo_file(repo, "ImageReward.pt", path))
-        vision, text = from_blip(weights, device)
-        head = linear_head(weights, "mlp.", device)
-    with fetching("imagereward", "the tokenizer", "bert-base-uncased", None):
-        tokenize = tokenizer_at("bert-base-uncased", path, 35, tokenizer_type="bert",
-                                pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-                                unk_token="[UNK]", do_lower_case=True)
-
-    @torch.no_grad()
-    def score(images, prompts):
-        pixels = clip_pixels(images, device, vision.config.image_size, "round").to(vision.dtype)
-        patches = vision(pixel_values=pixels).last_hidden_state  # (B, 1 + patches, D)
-        tokens = tokenize(list(prompts)).to(device)
-        read = text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
-                    encoder_hidden_states=patches)
-        return (head(read.last_hidden_state[:, 0]) - 0.16717362830052426) / 1.0333394966054072
-
-    return takes_tensors(score, 64)
-
-
-def from_blip(weights, device):
-    """State dict of ImageReward -> transformers' BlipVisionModel and BlipTextModel."""
-    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
-    seen, read = {}, {}
-    for key, value in weights.items():
-        if key.startswith("blip.visual_encoder."):
-            key = re.sub(r"^norm\.", "post_layernorm.", key.removeprefix("blip.visual_encoder."))
-            seen[renamed(key, BLIP_NAMES)] = value
-        elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
-            read[key.removeprefix("blip.text_encoder.")] = value
-    vision = frozen(BlipVisionModel, None, config=BlipVisionConfig(**BLIP_VISION), state_dict=seen)
-    text = frozen(BlipTextModel, None, config=BlipTextConfig(**BLIP_TEXT), state_dict=read,
-                  add_pooling_layer=False)
-    return vision.to(device, half_on(device)), text.to(device, half_on(device))
-
-
-HPSV3_TOKENS = ("<|Reward|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>",
-                "<|im_end|>", "<|endoftext|>", "<|video_pad|>")  # a prompt must not hold them
-
-
-def hpsv3(device="cpu", path=None):
-    """Human preference, version 3, through its authors' package, which needs a CUDA GPU.
-
-    model    MizzenAI/HPSv3 on Qwen/Qwen2-VL-7B-Instruct (another 16.6 GB, downloaded first)
-    licence  MIT (package and weights), Apache-2.0 (Qwen2-VL)
-    size     16.6 GB + 16.6 GB
-    scale    mean of the predicted preference, in the package's own unit
-    source   Ma et al. 2025, arXiv 2508.03789
-    compared hpsv3's own call on a tiny random Qwen2-VL: the arguments and the first component
-    path     the package's checkpoint file. The package pins old libraries: install it in an
-             environment of its own, run `python rewards.py serve hpsv3` there, and use
-             `--reward http://127.0.0.1:8000` here
-    """
-    try:
-        if torch.device(device).type != "cuda":
-            raise ValueError(f"it needs a CUDA GPU, not {device}")
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no checkpoint file")
-        from hpsv3 import HPSv3RewardInferencer
-        options = {"checkpoint_path": str(path)} if path else {}
-        model = HPSv3RewardInferencer(device=str(device), **options)
-    except Exception as error:
-        raise UserError(f"reward 'hpsv3': its package cannot be used ({one_line(error)}); in an "
-                        "environment of its own: pip install hpsv3 matplotlib tensorboard rich "
-                        "tyro, python rewards.py serve hpsv3; then here http://HOST:8000"
-                        ) from error
-
-    @torch.no_grad()  # else each call would keep a graph of 7 billion parameters
-    def score(images, prompts):
-        for prompt, token in itertools.product(dict.fromkeys(prompts), HPSV3_TOKENS):
-            if token in prompt:
-                raise UserError(f"reward 'hpsv3': {prompt[:60]!r} holds its special token {token}")
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [os.path.join(folder, f"{i}.png") for i in range(len(images))]
-            for image, file in zip(images, paths):
-                image.convert("RGB").save(file)
-            found = model.reward(prompts=list(prompts), image_paths=paths)
-            return [float(mean_and_sigma[0]) for mean_and_sigma in found]
-
-    score.batch_size = 8
-    return score
-
-
-def geneval(device="cpu", path=None):
-    """Object-focused agreement with the 553 GenEval prompts; other prompts get no opinion.
-
-    model    facebook/mask2former-swin-small-coco-instance and openai/clip-vit-large-patch14
-    licence  MIT (benchmark)
-    size     2.0 GB
-    scale    dense 0 to 1; strict accuracy, mean of six tags: SD1.5 0.43, SD2.1 0.50, SDXL 0.55
-    source   Ghosh et al. 2023, arXiv 2310.11513; prompts of github.com/djghosh13/geneval af4902f2
-    compared its evaluation script: 0 disagreements in 11,060 detections over all 553 prompts; its
-             detector is mmdet's, this one Facebook's of the same architecture (lab/geneval.py)
-    path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in
-             mask2former/ and clip/
-    """
-    return user_reward(f"{HERE}/lab/geneval.py:geneval")(device, path)
-
-
 # ===== rewards behind a URL
 
 WAITING = set()  # URLs whose trouble has been told
@@ -1111,7 +818,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would lose its body, and hand the token to another host."""
 
     def redirect_request(self, *_):
-        """Not followed: the answer is the redirect itself."""
+        return None
 
 
 class Refused(UserError):
@@ -1131,11 +838,13 @@ def post_json(url, payload, token, who):
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    patience, timeout = seconds("REWARD_PATIENCE", 600), seconds("REWARD_TIMEOUT", 300)
+    patience = seconds("REWARD_PATIENCE", 600)
+    timeout = seconds("REWARD_TIMEOUT", 300)
     request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
     opener = urllib.request.build_opener(NoRedirect)
     deadline = time.monotonic() + patience
-    for pause in (min(0.5 * 2 ** n, 10) for n in itertools.count()):
+    for attempt in itertools.count():
+        pause = min(0.5 * 2 ** attempt, 10)
         try:
             with opener.open(request, timeout=timeout) as answer:
                 text = answer.read()
@@ -1144,11 +853,9 @@ def post_json(url, payload, token, who):
         except urllib.error.HTTPError as refusal:
             text = refusal.read().decode(errors="replace")
             if 300 <= refusal.code < 400:
-                where = refusal.headers.get("Location")
-                text = f"a redirect to {where}: give that address"
-                raise Refused(who, refusal.code, text) from None
+                text = f"a redirect to {refusal.headers.get('Location')}: give that address"
             again = refusal.code in (408, 409, 425, 429) or refusal.code >= 500
-            if not again or re.search("insufficient_quota", text):
+            if not again or "insufficient_quota" in text:
                 raise Refused(who, refusal.code, text) from None
             trouble = f"HTTP {refusal.code}: {' '.join(text.split())[:200]}"
             asked = refusal.headers.get("Retry-After", "")
@@ -1220,280 +927,28 @@ class Http:
         return scores
 
 
-RATE = """How well does this picture show the following text, and how good does it look,
-from {low} to {high} (perfect)?
-Text: {prompt}
-Answer with one line of the form
-Score: <number>"""
-ASK_YES = "Does this picture show the following text? Answer Yes or No.\nText: {prompt}"
-FILTERED = re.compile(r"content.?(filter|policy|management)|moderation|safety|flagged|prohibited",
-                      re.I)
-
-
-class Vlm:
-    """An OpenAI-compatible judge. silent: how many pictures got no opinion, because the reply held
-    no score, or because a content filter refused the picture."""
-
-    def __init__(self, address):
-        parts = checked_url(f"vlm@{address}", address)
-        query = dict(urllib.parse.parse_qsl(parts.query))
-        known = {"model", "tokens", "yes", "question", "scale"}
-        self.model = query.get("model")
-        tokens = query.get("tokens", "1024")
-        scale = re.fullmatch(r"(\d+)-(\d+)", query.get("scale", "0-10"))
-        if not self.model or not tokens.isdecimal() or not scale or set(query) - known:
-            raise UserError(f"reward 'vlm@{address}': name the model, vlm@http://host:port/v1?"
-                            "model=NAME and, if you like, &tokens=1024, &yes=1, &question=FILE, "
-                            "&scale=0-10")
-        path = parts.path.rstrip("/") or "/v1"
-        if not path.endswith("/chat/completions"):
-            path += "/chat/completions"
-        self.url = f"{parts.scheme}://{parts.netloc}{path}"
-        self.yes = query.get("yes") == "1"
-        self.low, self.high = float(scale[1]), float(scale[2])
-        self.question = ASK_YES if self.yes else RATE
-        if "question" in query:
-            self.question = read_text(query["question"])
-            if "{prompt}" not in self.question:
-                raise UserError(f"{query['question']}: a question has {{prompt}} in it")
-        self.silent = 0
-        self.lock = threading.Lock()
-        self.options = {"temperature": 0, "max_tokens": int(tokens)}
-        if self.yes:
-            self.options.update(max_tokens=1, logprobs=True, top_logprobs=20)
-        elif "question" not in query:
-            number = {"type": "number"}
-            schema = {"type": "object", "properties": {"score": number}, "required": ["score"],
-                      "additionalProperties": False}
-            self.options["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "score", "strict": True, "schema": schema}}
-
-    def __call__(self, images, prompts):
-        """list of PIL images, list of prompts -> list of floats; eight questions at a time."""
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.score, images, prompts))
-
-    def post(self, content, options):
-        """A message -> the first choice of the answer, {} where there is none.
-
-        What an endpoint does not know (response_format, max_tokens, a temperature) is left out or
-        said in its own words from then on. None: a content filter refused."""
-        token = os.environ.get("VLM_TOKEN") or os.environ.get("OPENAI_API_KEY")
-        message = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        while True:
-            try:
-                who = f"reward 'vlm' at {self.url}"
-                answer = post_json(self.url, {**message, **options}, token, who)
-                choices = answer.get("choices") if isinstance(answer, dict) else None
-                choice = choices[0] if choices and isinstance(choices[0], dict) else {}
-                return None if choice.get("finish_reason") == "content_filter" else choice
-            except Refused as refusal:
-                if FILTERED.search(refusal.text):
-                    return None
-                if refusal.status not in (400, 422):
-                    raise
-                if "response_format" in options and re.search("format|schema", refusal.text):
-                    del options["response_format"]
-                elif "max_tokens" in options and re.search("max_tokens|temperature", refusal.text):
-                    options["max_completion_tokens"] = options.pop("max_tokens")
-                    options.pop("temperature", None)
-                else:
-                    raise
-
-    def ask(self, content):
-        """A message of one's own -> the text of the reply, "" where there is none."""
-        options = {name: value for name, value in self.options.items() if "token" in name}
-        return text_of(self.post(content, options))
-
-    def score(self, image, prompt):
-        """One picture -> its score, or NaN; the first reply without one is shown."""
-        question = self.question
-        values = {"low": f"{self.low:g}", "high": f"{self.high:g}", "prompt": prompt}
-        for name, value in values.items():
-            question = question.replace(f"{{{name}}}", value)
-        choice = self.post([image_part(image), {"type": "text", "text": question}], self.options)
-        if self.yes:
-            score = math.nan if choice is None else self.probability_of_yes(choice)
-        else:
-            score = number_in(text_of(choice), self.low, self.high)
-        if math.isnan(score):
-            with self.lock:
-                self.silent += 1
-                first = self.silent == 1
-            if first:
-                shown = " ".join(text_of(choice).split())[:120]
-                print(f"reward 'vlm': no score in the reply {shown!r}: no opinion", file=sys.stderr)
-        return score
-
-    def probability_of_yes(self, choice):
-        """P(yes) / (P(yes) + P(no)) of the first token of a reply; NaN where neither is likely."""
-        try:
-            tokens = choice["logprobs"]["content"][0]["top_logprobs"]
-            found = [(token["token"], math.exp(token["logprob"])) for token in tokens]
-        except (KeyError, IndexError, TypeError):
-            raise UserError(f"reward 'vlm' at {self.url}: gives no top_logprobs, which yes=1 needs"
-                            ) from None
-        sums = {"yes": 0.0, "no": 0.0}
-        for token, probability in found:
-            word = re.sub(r"\W", "", token).lower()
-            if word in sums:
-                sums[word] += probability
-        total = sums["yes"] + sums["no"]
-        return sums["yes"] / total if total > 0 else math.nan
-
-
-def text_of(choice):
-    """The text of a choice; what a model thinks to itself (reasoning_content) is no answer."""
-    message = choice.get("message") if choice else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def image_part(image):
-    """PIL image -> the part of a message that shows it."""
-    url = "data:image/jpeg;base64," + base64_image(image, "JPEG", quality=95)
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def number_in(reply, low=0.0, high=10.0):
-    """The score of a reply, or NaN where it is not beyond doubt: the number after `score` or
-    `rating` (JSON or text), else the only one of a reply of at most five words. 7/10 is 7; a range,
-    a percentage, two that differ, a number off the scale, unfinished thinking are none."""
-    text = re.sub(r"<(think\w*|reason\w*)>.*?(</\1>|\Z)", " ", reply or "", flags=re.S | re.I)
-    text = re.sub(r"\([^)]*\)|[*_`\"]", "", text)  # "Score (0-10): 8"
-    text = re.sub(rf"\s*(/|out of)\s*{high:g}\b", "", re.sub(r"(?<=\d),(?=\d)", ".", text))
-    number = r"([+-]?(?:\d+(?:\.\d+)?|\.\d+))(?!\s*[%/]|\s*(?:-|\u2013|to|or)\s*\d|\.?\d)"
-    said = re.findall(rf"\b(?:score|rating)\b(?:\s+(?:is|of))?\W{{0,3}}?{number}", text, re.I)
-    if not said and len(text.split()) <= 5 and len(re.findall(r"[\d.]*\d", text)) == 1:
-        said = re.findall(rf"(?<![\w.,/-]){number}", text)
-    value = float(said[0]) if len(set(map(float, said))) == 1 else math.nan
-    return value if low <= value <= high else math.nan
-
-
-def vlm(device="cpu", path=None):
-    """A vision-language model asked for a number, at any OpenAI-compatible endpoint.
-
-    model    the endpoint's
-    licence  the endpoint's
-    size     0
-    scale    0 to 10, or &scale=1-5; with &yes=1 P(yes) of 0 to 1, almost without ties
-    source   the questions are RATE and ASK_YES in this file, or &question=FILE with {prompt} in it
-    compared nothing: the questions are ours
-    path     the endpoint, as it is or without /chat/completions: vlm@http://host/v1?model=NAME,
-             with &tokens=N the most tokens of a reply (1,024)
-    """
-    if not path:
-        raise UserError("reward 'vlm': name the endpoint, vlm@http://host:port/v1?model=NAME")
-    return Vlm(path)
-
-
-# ===== serving
-
-MAX_BODY = 256 * 2 ** 20  # bytes of a request
-
-
-class Handler(BaseHTTPRequestHandler):
-    """POST /score {"prompts": [...], "images": [base64 PNG, JPEG or WebP, ...]} -> {"scores":
-    [number or null, ...]}; GET /health -> {"name": ...}; what is wrong -> {"error": one line}."""
-    timeout = 60  # seconds of silence that a client may keep the server waiting
-
-    def log_message(self, *_):
-        """Quiet."""
-
-    def answer(self, code, value):
-        """Send a JSON value."""
-        body = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        """Health."""
-        if self.path == "/health":
-            return self.answer(200, {"name": self.server.reward.name})
-        self.answer(404, {"error": "not found"})
-
-    def do_POST(self):
-        """Score."""
-        token = self.server.token
-        given = self.headers.get("Authorization", "")
-        length = self.headers.get("Content-Length", "")
-        try:
-            if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BODY:
-                text = f"a body of {length or 'unknown'} bytes, at most {MAX_BODY}"
-                return self.answer(413, {"error": text})
-            body = self.rfile.read(int(length))
-            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return self.answer(401, {"error": "wrong or missing bearer token"})
-            if self.path != "/score":
-                return self.answer(404, {"error": "not found: POST /score or GET /health"})
-            self.answer(*self.scores(body))
-        except OSError:  # the client left, or fell silent
-            self.close_connection = True
-
-    def scores(self, body):
-        """JSON bytes -> HTTP status, answer; null stands for NaN."""
-        try:
-            request = json.loads(body)
-            prompts, texts = request["prompts"], request["images"]
-            if len(prompts) != len(texts) or not all(isinstance(text, str) for text in prompts):
-                raise ValueError(f"{len(prompts)} prompts, {len(texts)} images")
-            files = [io.BytesIO(base64.b64decode(text, validate=True)) for text in texts]
-            images = [read_picture(file, ("PNG", "JPEG", "WEBP")) for file in files]
-        except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-            expected = '{"prompts": [text, ...], "images": [base64 of a PNG, JPEG or WebP, ...]}'
-            return 400, {"error": f"expected {expected} ({one_line(error)})"}
-        try:
-            scores = self.server.reward(images, prompts).tolist()
-        except Exception as error:
-            return 500, {"error": one_line(error)}
-        return 200, {"scores": [None if math.isnan(score) else score for score in scores]}
-
-
-def server(reward, host="127.0.0.1", port=8000, token=None):
-    """A bound HTTP server for a Reward, which answers in the thread that calls serve_forever().
-
-    UserError: several parts, which are z-scored over a prompt's candidates, at the client."""
-    if len(reward.parts) > 1:
-        raise UserError(f"serve one reward at a time, not {reward.name!r}: combine at the client")
-    try:
-        bound = HTTPServer((host, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot serve on {host}:{port}: {one_line(error)}") from None
-    bound.reward = reward
-    bound.token = token
-    return bound
-
-
 # ===== prompts, pairs and pictures: read as what they are, or refused by name
 
-ANIMALS ="""
-    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
-    wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
-    chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
+ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
+    raccoon fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake
+    turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
 DEEDS = ("riding a bike", "playing chess", "washing dishes")
 GITHUB = "https://raw.githubusercontent.com/"
 PICKAPIC = GITHUB + "UGVly/DrPO/dd473d8fc28ffe4fb8d0440ad249164e21a23cb0/data/pickscore/"
-PICKAPIC_TOO = (GITHUB + "yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/"
-                "dataset/pickscore/")
-PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit. (sha256, addresses)
-    "pickapic": ("2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f",
-                 PICKAPIC + "train.txt", PICKAPIC_TOO + "train.txt"),
-    "pickapic-test": ("d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262",
-                      PICKAPIC + "test.txt", PICKAPIC_TOO + "test.txt"),
-    "parti": ("fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",
-              GITHUB + "google-research/parti/5a657978134374ce28973948331b319adef164bd/"
-              "PartiPrompts.tsv"),
-    "drawbench": ("3d4f4b2db7520208ee056d470202c07fd77766b96d133ea9f4ab00a323381e9a",
-                  GITHUB + "openai/dalle3-eval-samples/d7c88c07b492ad7b9fd3003126d00719a2edabb1/"
-                  "prompts/drawbench.txt"),
-    "geneval": ("55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680",
-                GITHUB + "djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f/prompts/"
-                "generation_prompts.txt"),
+PROMPTS = {  # Pick-a-Pic v2 prompts are written by users, partly explicit. (address, sha256)
+    "pickapic": (PICKAPIC + "train.txt",
+                 "2f425adcbb9a6d0feee7c6c448e1cb83a1f71deca9434b803907e2578eca837f"),
+    "pickapic-test": (PICKAPIC + "test.txt",
+                      "d75c025fa451866e70f7e36243f7cdd93095523cb51f5f9651f2ce3236d20262"),
+    "parti": (GITHUB + "google-research/parti/5a657978134374ce28973948331b319adef164bd/"
+              "PartiPrompts.tsv",
+              "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb"),
+    "drawbench": (GITHUB + "openai/dalle3-eval-samples/d7c88c07b492ad7b9fd3003126d00719a2edabb1/"
+                  "prompts/drawbench.txt",
+                  "3d4f4b2db7520208ee056d470202c07fd77766b96d133ea9f4ab00a323381e9a"),
+    "geneval": (GITHUB + "djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f/prompts/"
+                "generation_prompts.txt",
+                "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"),
     "scenes": HERE / "lab" / "toy" / "captions_train.txt",
     "scenes-test": HERE / "lab" / "toy" / "captions_heldout.txt",
     "animals": [f"a {animal} {deed}" for animal in ANIMALS.split() for deed in DEEDS]}
@@ -1523,11 +978,9 @@ def load_prompts(spec):
     source = PROMPTS.get(spec, spec)
     if isinstance(source, list):
         return source
-    path = first_of(*source) if isinstance(source, tuple) else Path(source)
+    path = fetch(*source) if isinstance(source, tuple) else Path(source)
     if not path.exists() or path.is_dir():
-        near = ", ".join(difflib.get_close_matches(str(spec), PROMPTS, 3, 0.5) or PROMPTS)
-        raise UserError(f"prompts {str(spec)!r}: no such file, and no built-in name; did you mean "
-                        f"{near}?")
+        pick("prompts", str(spec), PROMPTS, "no such file either")
     text = read_text(path)
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
@@ -1549,14 +1002,6 @@ def load_prompts(spec):
     if not prompts:
         raise UserError(f"prompts {path}: empty; expected a prompt a line")
     return prompts
-
-
-def first_of(sha256, *urls):
-    """A file of the web that has several addresses."""
-    for url in urls[:-1]:
-        with contextlib.suppress(UserError):
-            return fetch(url, sha256)
-    return fetch(urls[-1], sha256)
 
 
 def table_rows(path, text, delimiter):
@@ -1597,10 +1042,6 @@ def prompt_of(path, n, row):
     if not isinstance(row, str) or not row.strip():
         raise UserError(f"{path}, entry {n}: expected text, or an object or column "
                         '"prompt", "caption" or "text"')
-    try:
-        row.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{path}, entry {n}: half of a surrogate pair ({row[e.start]!a})") from e
     return row.strip()
 
 
@@ -1682,17 +1123,30 @@ def to_pil(images):
 
 # ===== the names, and the command line
 
+# name: factory(device, path) -> reward, or where lab/ has it
 REWARDS = {
-    "pickscore": pickscore, "clip": clip, "aesthetic": aesthetic, "hpsv2": hpsv2,
-    "imagereward": imagereward, "hpsv3": hpsv3, "geneval": geneval, "jpeg": no_files(jpeg),
-    "incompressibility": no_files(incompressibility), "scene": scene, "vlm": vlm}
+    "pickscore": pickscore, "clip": clip, "aesthetic": "aesthetic.py:aesthetic",
+    "hpsv2": "hps.py:hpsv2", "imagereward": "imagereward.py:imagereward", "hpsv3": "hps.py:hpsv3",
+    "geneval": "geneval.py:geneval", "jpeg": no_files(jpeg),
+    "incompressibility": no_files(incompressibility), "scene": "scene.py:checker",
+    "vlm": "judge.py:vlm"}
+
+
+def factory_of(name):
+    """A name of REWARDS -> its factory; a file of lab/ is imported when it is asked for."""
+    factory = REWARDS[name]
+    return factory if callable(factory) else imported("reward", f"{HERE}/lab/{factory}")
 
 
 def table():
     """Names, sizes, licences, models and scales as aligned lines, off the factories' docstrings."""
     lines = []
-    for name, factory in REWARDS.items():
-        doc = inspect.getdoc(factory)
+    for name in REWARDS:
+        try:
+            doc = inspect.getdoc(factory_of(name))
+        except UserError as error:  # rewards.py without lab/
+            lines.append(f"{name:16} not here: {error}")
+            continue
         facts = dict(re.findall(r"^(\w+) +(.*(?:\n {9}.*)*)$", doc, re.MULTILINE))
         facts = {key: " ".join(text.split()) for key, text in facts.items()}
         lines.append("{:16} {size}; {scale}; licence: {licence}".format(name, **facts))
@@ -1714,16 +1168,6 @@ def score_files(args):
     print("\t".join([*columns, "file"]))
     for path, *row in zip(args.images, *columns.values()):
         print("\t".join([f"{value:.6g}" for value in row] + [path]))
-
-
-def serve(args):
-    """Serve a reward until interrupted."""
-    reward = load(args.name, args.device)
-    bound = server(reward, args.host, args.port, os.environ.get("REWARD_TOKEN"))
-    print(f"serving {args.name} at http://{args.host}:{bound.server_port}", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        bound.serve_forever()
-    bound.server_close()
 
 
 def main(argv=None):
@@ -1748,7 +1192,7 @@ def main(argv=None):
         elif args.command == "score":
             score_files(args)
         else:
-            serve(args)
+            imported("program", f"{HERE}/lab/serve.py:serve")(load(args.name, args.device), args)
 
 
 if __name__ == "__main__":

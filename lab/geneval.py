@@ -286,7 +286,18 @@ def geneval_metadata(path=None):
 
 
 def geneval(device="cpu", path=None):
-    """The reward, as `rewards.geneval` describes it."""
+    """Object-focused agreement with the 553 GenEval prompts; other prompts get no opinion.
+
+    model    facebook/mask2former-swin-small-coco-instance and openai/clip-vit-large-patch14
+    licence  MIT (benchmark)
+    size     2.0 GB
+    scale    dense 0 to 1; strict accuracy, mean of six tags: SD1.5 0.43, SD2.1 0.50, SDXL 0.55
+    source   Ghosh et al. 2023, arXiv 2310.11513; prompts of github.com/djghosh13/geneval af4902f2
+    compared its evaluation script: 0 disagreements in 11,060 detections over all 553 prompts; its
+             detector is mmdet's, this one Facebook's of the same architecture
+    path     evaluation_metadata.jsonl, or a folder with it and copies of the two repositories in
+             mask2former/ and clip/
+    """
     folder = Path(path) if path and Path(path).is_dir() else None
 
     def local(name):

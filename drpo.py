@@ -455,16 +455,10 @@ def feature_factory(item):
 
 def load_features(spec, G):
     """'vae' or 'latent-mae@file,vae' -> phi(x (B, 4, h, w), condition) -> list of (B, T, D)."""
-    parts = []
-    for item in spec.split(","):
-        factory, path = feature_factory(item)
-        parts.append(factory(G, path))
+    parts = [factory(G, path) for factory, path in map(feature_factory, spec.split(","))]
 
     def phi(x, condition):
-        maps = []
-        for part in parts:
-            maps += part(x, condition)
-        return maps
+        return sum((part(x, condition) for part in parts), [])
 
     return phi
 
@@ -534,7 +528,7 @@ class Generator:
         self.picture_side = side * pipe.vae_scale_factor
 
     def schedule(self, scheduler, timestep, prediction):
-        """t, abar, k and what is predicted; the scheduler decides nothing else in silence."""
+        """t, abar, k and what is predicted; the scheduler decides nothing else."""
         steps = len(scheduler.alphas_cumprod)
         if not -1 <= timestep < steps:
             raise UserError(f"--timestep is {timestep}; expected -1 (last), or 0 to {steps - 1}")
@@ -546,12 +540,6 @@ class Generator:
         self.noise_scale = math.sqrt(1 - self.abar) if euler else 1.0
         self.prediction = pick("prediction", prediction or scheduler.config.get("prediction_type"),
                                ("epsilon", "v_prediction", "sample"))
-        with contextlib.suppress(ValueError, IndexError, RuntimeError):  # it cannot take one step
-            scheduler.set_timesteps(1)
-        own = int(scheduler.timesteps[0])
-        if own != t:
-            print(f"{type(scheduler).__name__} ({spacing} spacing) would start at t = {own}; here "
-                  f"t = {t} (--timestep)", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -629,13 +617,12 @@ class Generator:
         UserError: another program's file, or one of another base."""
         state, metadata = read_lora(path)
         rank = int(metadata["ss_network_dim"])
-        self.add_lora(rank, float(rank))
+        parameters = self.add_lora(rank, float(rank))
         keys = [f"unet.{name}.lora_{side}.weight" for name in self.lora for side in "AB"]
-        parameters = dict(zip(keys, self.parameters()))
-        alike = state.keys() == parameters.keys()
-        if not alike or any(state[key].shape != p.shape for key, p in parameters.items()):
+        shapes = [p.shape for p in parameters]
+        if {key: value.shape for key, value in state.items()} != dict(zip(keys, shapes)):
             raise UserError(f"{path}: made for {metadata['drpo_base']}, not for {self.name}")
-        for key, p in parameters.items():
+        for key, p in zip(keys, parameters):
             p.data.copy_(state[key])
         return metadata
 
@@ -1071,9 +1058,15 @@ class Stop:
         self.signal, self.before, self.pid = 0, {}, os.getpid()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self.before[number] = signal.signal(number, self.handle)
+        main = threading.current_thread() is threading.main_thread()
+        for number in SIGNALS if main else ():
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                self.before[number] = before
+            elif number == signal.SIGINT:  # ignored in a background job; others: under nohup
+                self.before[number] = signal.SIG_DFL
+        for number in self.before:
+            signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -1081,17 +1074,14 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        """The first is remembered. The second, and any in a forked child of a reward, does what it
-        did before this run; a SIGINT that was ignored, as in a background job, ends it too."""
-        before = self.before[number]
-        if before is signal.SIG_IGN and number != signal.SIGINT:  # nohup
-            return
-        if os.getpid() == self.pid and not self.signal:
-            self.signal = number
-            os.write(2, b"stopping after this step; once more ends it at once\n")
-        else:
-            signal.signal(number, signal.SIG_DFL if before is signal.SIG_IGN else before)
+        """Remembers the first; from then on, and in a forked child of a reward, a signal does what
+        it did before this run."""
+        self.__exit__()
+        if os.getpid() != self.pid:
             os.kill(os.getpid(), number)
+            return
+        self.signal = number
+        os.write(2, b"stopping after this step; once more ends it at once\n")
 
 
 class Run:
@@ -1230,15 +1220,14 @@ class Run:
         """samples/step-N.png: fixed prompts and noise, the base above, the tuned model below."""
         from diffusers.utils import make_image_grid
         G, n = self.G, min(8, len(self.prompts))
-        base, tuned = [], []
-        for i in range(n):  # one at a time: it never needs more memory than the run
-            condition = G.encode([self.prompts[i * len(self.prompts) // n]])
-            e = prompt_noise(self.cfg.seed, i, (1, *G.noise_shape)).to(G.device)
-            with self.averaged():
-                tuned += rewards.to_pil(G.decode(G.sample(e, condition)))
-            with G.reference():
-                base += rewards.to_pil(G.decode(G.sample(e, condition)))
-        grid = make_image_grid(base + tuned, 2, n, resize=min(256, max(128, G.picture_side)))
+        pictures = []
+        for context in (G.reference(), self.averaged()):
+            with context:
+                for i in range(n):  # one at a time: it never needs more memory than the run
+                    condition = G.encode([self.prompts[i * len(self.prompts) // n]])
+                    e = prompt_noise(self.cfg.seed, i, (1, *G.noise_shape)).to(G.device)
+                    pictures += rewards.to_pil(G.decode(G.sample(e, condition)))
+        grid = make_image_grid(pictures, 2, n, resize=min(256, max(128, G.picture_side)))
         (self.path / "samples").mkdir(exist_ok=True)
         grid.save(self.path / "samples" / f"step-{self.step:06d}.png")
 

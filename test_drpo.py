@@ -2,16 +2,15 @@
 input, faults.
 
     pip install pytest pytest-xdist peft
-    python -m pytest -q -n 2 test_drpo.py                      all, under 4 minutes on 2 cores
+    python -m pytest -q -n 2 test_drpo.py lab                  all, under 4 minutes on 2 cores
     python -m pytest -q -m "not slow" -n 2 test_drpo.py        what takes seconds
     python -m pytest -q -m cuda test_drpo.py                   what needs a GPU, else skipped
 
 Contents
     read these first    the equations, the update, sampler, resume, LoRA elsewhere, the toy learns
     drpo.py             1 the field, 2 features, 3 the generator, 4 one update, 5 a run, bad input
-    rewards.py          contract, files, CLIP and its descendants, GenEval, served rewards, judge
+    rewards.py          contract, files; its models, the server and the judge: lab/test_rewards.py
     eval.py             statistics, report, pictures
-    lab/                the toy's checker, ablations
     cuda                bf16, fp16, memory, compiled, kernels: on a GPU
 """
 import contextlib
@@ -40,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: threads 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import drpo
@@ -51,8 +51,6 @@ warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # s
 HERE = Path(drpo.__file__).resolve().parent
 sys.path.append(str(HERE / "lab"))
 import bench  # noqa: E402
-
-hps = rewards.import_file(HERE / "lab" / "hps.py")  # the module that rewards.load takes
 KERNELS = ("laplacian", "rbf", "cosine")
 RADII = ((0.02, 0.05, 0.2), (0.2, 0.5, 1.0), (0.7,))
 PROMPTS = ["a red cat", "two dogs"]
@@ -113,20 +111,25 @@ def gradient_of_kernel(z, a, tau, radius, kernel):
         return math.exp(cos / radius) * (a_hat - cos * z_hat) / (radius * np.linalg.norm(z))
     return -math.exp(-n / tau) * diff / (tau * n)
 
+def summed(radii, field_at):
+    """Fields at each radius, scaled to unit RMS and summed; and their RMS before."""
+    fields = [unit(field_at(radius)) for radius in radii]
+    return sum(V for V, _ in fields), [rms for _, rms in fields]
+
 def loop_dipole(z, positive, negative, radii, kernel):
     """-> field (N, D), and the RMS of each radius before normalisation."""
     s = mean_scale([(x, y) for x in z for y in [*positive, *negative]])
-    total, all_rms = 0, []
-    for radius in radii:
+
+    def field_at(radius):
         V = np.zeros_like(z)
         for i in range(len(z)):
             for a in positive:
                 V[i] += gradient_of_kernel(z[i], a, radius * s, radius, kernel)
             for a in negative:
                 V[i] -= gradient_of_kernel(z[i], a, radius * s, radius, kernel)
-        V, rms = unit(V)
-        total, all_rms = total + V, all_rms + [rms]
-    return total, all_rms
+        return V
+
+    return summed(radii, field_at)
 
 def log_of_kernel(z, a, tau, radius, kernel):
     n = np.linalg.norm(z - a)
@@ -142,52 +145,45 @@ def mean_shift(z, points, tau, radius, kernel):
 
 def loop_drift(z, reference, radii, kernel):
     s = mean_scale([(x, y) for x in z for y in [*z, *reference]])
-    total, all_rms = 0, []
-    for radius in radii:
+
+    def field_at(radius):
         V = np.zeros_like(z)
         for i in range(len(z)):
+            V[i] = mean_shift(z[i], reference, radius * s, radius, kernel)
             others = [z[j] for j in range(len(z)) if j != i]
-            V[i] = (mean_shift(z[i], reference, radius * s, radius, kernel)
-                    - mean_shift(z[i], others, radius * s, radius, kernel))
-        V, rms = unit(V)
-        total, all_rms = total + V, all_rms + [rms]
-    return total, all_rms
+            V[i] -= mean_shift(z[i], others, radius * s, radius, kernel)
+        return V
 
-def loop_released(z, positive, negative, radii, kernel, w_pos=3000.0, w_neg=3000.0,
-                  negative_is_self=False):
-    """The authors' arithmetic, entry by entry, in float64 -> force in units of s / sqrt(D), s."""
-    N, D, M = len(z), z.shape[1], len(negative)
-    y = [*z, *negative, *positive]
-    w = [1.0] * N + [w_neg] * M + [w_pos] * len(positive)
-    Y = len(y)
-    d = [[max(math.sqrt(sum((p - q) ** 2 for p, q in zip(z[i], y[j]))), 1e-4) for j in range(Y)]
-         for i in range(N)]
-    s = max(sum(d[i][j] * w[j] for i in range(N) for j in range(Y)) / (N * Y) / (sum(w) / Y), 1e-3)
+    return summed(radii, field_at)
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+def loop_released(z, positive, negative, radii, kernel, negative_is_self=False):
+    """The authors' arithmetic in float64 -> force in units of s / sqrt(D), and s."""
+    N, D = z.shape
+    y = np.array([*z, *negative, *positive])
+    w = np.array([1.0] * N + [3000.0] * (len(y) - N))
+    d = np.array([[max(np.linalg.norm(a - b), 1e-4) for b in y] for a in z])
+    s = max((d * w).mean() / w.mean(), 1e-3)
+    attracts = np.arange(len(y)) >= N + len(negative)
     total = np.zeros_like(z)
     for radius in radii:
-        logits = np.zeros((N, Y))
-        for i, j in itertools.product(range(N), range(Y)):
-            if kernel == "cosine":
-                norms = np.linalg.norm(z[i]) * np.linalg.norm(y[j])
-                logits[i, j] = float(z[i] @ y[j]) / norms / radius
-            else:
-                t = d[i][j] / (s * radius)
-                logits[i, j] = -t ** 2 / 2 if kernel == "rbf" else -t
-            if i == j or (negative_is_self and j == N + i):
-                logits[i, j] -= 100 / radius
-        rows = [logits[i].max() + math.log(sum(math.exp(x - logits[i].max()) for x in logits[i]))
-                for i in range(N)]
-        columns = [
-            logits[:, j].max() + math.log(sum(math.exp(x - logits[:, j].max())
-                                              for x in logits[:, j])) for j in range(Y)
-        ]
+        logits = {"laplacian": -d / (s * radius), "rbf": -(d / (s * radius)) ** 2 / 2}.get(kernel)
+        if kernel == "cosine":
+            logits = np.array([[log_of_kernel(a, b, s, radius, kernel) for b in y] for a in z])
+        for i in range(N):
+            logits[i, i] -= 100 / radius
+            if negative_is_self:
+                logits[i, N + i] -= 100 / radius
+        A = np.sqrt(np.maximum(softmax(logits, 1) * softmax(logits, 0), 1e-6)) * w
         force = np.zeros_like(z)
         for i in range(N):
-            A = [math.sqrt(max(math.exp(2 * logits[i, j] - rows[i] - columns[j]), 1e-6)) * w[j]
-                 for j in range(Y)]
-            minus, plus = sum(A[:N + M]), sum(A[N + M:])
-            coef = [-A[j] * plus if j < N + M else A[j] * minus for j in range(Y)]
-            force[i] = (sum(c * v for c, v in zip(coef, y)) - sum(coef) * z[i]) / (s / math.sqrt(D))
+            minus, plus = A[i, ~attracts].sum(), A[i, attracts].sum()
+            for j in range(len(y)):
+                pull = A[i, j] * minus if attracts[j] else -A[i, j] * plus
+                force[i] += pull * (y[j] - z[i]) / (s / math.sqrt(D))
         total += force / math.sqrt(max(float((force ** 2).mean()), 1e-8))
     return total, s
 
@@ -290,10 +286,12 @@ def sample_of(G, e, prompts=PROMPTS):
     with torch.no_grad():
         return G.sample(e, G.encode(prompts))
 
-def pipeline_sample(pipe, e, output="latent", prompts=PROMPTS):
+def pipeline_sample(pipe, e, output="latent", prompts=PROMPTS, **how):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(prompt=list(prompts), latents=e.clone().to(pipe.dtype), num_inference_steps=1,
-                guidance_scale=0.0, height=32, width=32, output_type=output).images
+    how = how or dict(num_inference_steps=1)
+    return pipe(prompt=list(prompts), latents=e.clone().to(pipe.dtype), guidance_scale=0.0,
+                height=32, width=32, output_type=output,
+                generator=torch.Generator().manual_seed(0), **how).images
 
 class TableScore:
     """Scores by place, in the place of a reward: what it sees is kept, its order is far from
@@ -363,16 +361,12 @@ def third(answer):
 def fail(images, prompts):
     raise ValueError("no camera\\nsecond line")
 
-raises3 = third(fail)
 raises = fail
+raises3 = third(fail)
 short3 = third(lambda i, p: [1.0])
-short = lambda i, p: [1.0]
 inf3 = third(lambda i, p: [float("inf")] * len(i))
 text3 = third(lambda i, p: ["good"] * len(i))
 exits3 = third(lambda i, p: sys.exit(7))
-nan3 = third(lambda i, p: [float("nan")] * len(i))
-same = lambda i, p: [3.0] * len(i)
-nan_some = lambda i, p: [s if n % 3 else float("nan") for n, s in enumerate(good(i, p))]
 dies3 = third(lambda i, p: os._exit(9) if os.environ.get("RANK") == "1" else good(i, p))
 raises3_on_1 = third(lambda i, p: fail(i, p) if os.environ.get("RANK") == "1" else good(i, p))
 
@@ -399,33 +393,26 @@ def spawned(images, prompts):
 '''
 
 def child(argv, stream, cwd, env):
-    """Runs in the child: drpo.main(argv) with its output in files."""
+    """Runs in the child: drpo.main(argv) with its output in files. env may hold INTERRUPTS_IGNORED,
+    as a background job of a shell has them, and SPOILT: updates whose gradient is not finite."""
     for number, name in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    ignored = env.get("DP_ACTION") == "interrupts_ignored"  # as a background job of a shell has it
+    ignored = "INTERRUPTS_IGNORED" in env
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    action = env.get("DP_ACTION")
-    if action == "tiny_file":  # files above this size cannot be written, as on a full disk
-        import resource
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(env["DP_LIMIT"]), resource.RLIM_INFINITY))
-    if action == "nonfinite":  # the gradients of these updates are spoilt
-        steps = [int(step) for step in env["DP_STEPS"].split(",")]
-        plain, at = drpo.drpo_gradient, [int(env.get("DP_AT", 0))]
+    plain, steps = drpo.drpo_gradient, itertools.count(1)
 
-        def spoilt(G, *args):
-            metrics = plain(G, *args)
-            at[0] += 1
-            if at[0] in steps:
-                G.parameters()[0].grad.view(-1)[0] = math.nan if at[0] % 2 else math.inf
-                metrics["loss"], metrics["rms_pref"] = math.nan, [math.nan] * 3
-            return metrics
+    def spoilt(G, *args):
+        metrics, step = plain(G, *args), next(steps)
+        if str(step) in env.get("SPOILT", "").split():
+            G.parameters()[0].grad.view(-1)[0] = math.nan if step % 2 else math.inf
+            metrics["loss"], metrics["rms_pref"] = math.nan, [math.nan] * 3
+        return metrics
 
-        drpo.drpo_gradient = spoilt
+    drpo.drpo_gradient = spoilt
     drpo.main(argv)
 
 class RunProcess:
@@ -437,14 +424,12 @@ class RunProcess:
         if not RunProcess.server:
             RunProcess.server = multiprocessing.get_context("forkserver")
             RunProcess.server.set_forkserver_preload(
-                ["drpo", "pytest", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-                 "eval",
-                 "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-                 "transformers.models.clip.modeling_clip", "torch._dynamo"])
+                ["drpo", "eval", "pytest", "torch._dynamo", "transformers.models.clip.modeling_clip",
+                 "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+                 "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"])
         self.stream = str(Path(cwd) / f"stream{random.randrange(10 ** 12)}")
-        self.process = RunProcess.server.Process(target=child,
-                                             args=([str(a) for a in argv], self.stream, str(cwd),
-                                                   dict(env)))
+        args = list(map(str, argv)), self.stream, str(cwd), dict(env)
+        self.process = RunProcess.server.Process(target=child, args=args)
         self.process.start()
 
     def wait(self, seconds=120):
@@ -483,21 +468,21 @@ def home(tmp_path, models):
 def command(models, out="run", reward="own.py:good", kind="sd", **kw):
     """Command line of a tiny run."""
     settings = dict(model=models / kind, reward=reward, prompts="prompts.txt", out=out, steps=4,
-                    batch=2, candidates=4,
-                    anchors=2, features="vae", lora_rank=2, preview_every=0, save_every=50,
+                    batch=2, candidates=4, anchors=2, features="vae", lora_rank=2, preview_every=0,
                     device="cpu", field="dipole", radii="0.2,0.5,1", lr=1e-3) | kw
-    return [a for k, v in settings.items() if v is not None
-            for a in ([f"--{k.replace('_', '-')}"] if v is True
-                      else [f"--{k.replace('_', '-')}", str(v)])]
+    argv = []
+    for name, value in settings.items():
+        if value is not None:
+            argv += [drpo.flag(name), str(value)]
+    return argv
 
 def metrics_of(run):
     """metrics.jsonl as strict JSON, without the times."""
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-    lines = [json.loads(line, parse_constant=refuse)
-             for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if not k.startswith("seconds")
-             and k != "images_per_second"} for m in lines]
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for figures in metrics:
+        assert figures.pop("seconds") > 0
+    return metrics
 
 def state_of(run):
     """The newest checkpoint as plain data, with step and position on top."""
@@ -513,13 +498,12 @@ def all_equal(a, b):
 def toy_score(G, captions, scene):
     """Mean `scene` score of 3 pictures of each caption, with noise that no training step sees."""
     scores = []
-    with torch.no_grad():
-        for i in range(0, len(captions), 16):
-            part = [c for c in captions[i:i + 16] for _ in range(3)]
-            noise = torch.stack([drpo.prompt_noise(12345, i * 3 + j, G.noise_shape)
-                                 for j in range(len(part))])
-            scores.append(scene(rewards.to_pil(G.decode(G.sample(noise, G.encode(part)))), part))
-    return float(torch.cat(scores).mean())
+    for caption in captions:
+        noise = [drpo.prompt_noise(12345, 3 * len(scores) + j, G.noise_shape) for j in range(3)]
+        with torch.no_grad():
+            pictures = G.decode(G.sample(torch.stack(noise), G.encode([caption] * 3)))
+        scores.append(float(scene(pictures, [caption] * 3).mean()))
+    return sum(scores) / len(scores)
 
 
 class TestReadTheseFirst:
@@ -589,9 +573,7 @@ class TestReadTheseFirst:
                 z, r = in_float64(h.detach()[:, 0], h_ref[:, 0])
                 V = loop_dipole(z, z[best], z[worst], (0.2, 0.5), "laplacian")[0]
                 V = V + 0.3 * loop_drift(z, r, (0.2, 0.5), "laplacian")[0]
-                # L = 1 / (2 N D) sum |(z - z*) / u|^2, z* = z + eta u V, u = s / sqrt(D), s the
-                # mean distance within z;
-                # mean over prompts
+                # L = 1 / (2 N D) sum |(z - z*) / u|^2, z* = z + eta u V, mean over prompts
                 N, D = z.shape
                 u = mean_scale([(a, b) for a in z for b in z]) / math.sqrt(D)
                 h[:, 0].backward(torch.from_numpy(-0.8 * V / (N * D * u) / 2).float(),
@@ -624,9 +606,8 @@ class TestReadTheseFirst:
             got, m, score = update_gradient(G, params, features, micro, cfg)
             assert (got - want).norm() < 2e-4 * want.norm(), f"micro {micro}"
             assert m["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
-            assert m.get("rms_pref") == (metrics["rms_pref"]
-                                         and pytest.approx(metrics["rms_pref"], rel=1e-3)
-                                         if field == "dipole" else None)
+            if field == "dipole":
+                assert m["rms_pref"] == pytest.approx(metrics["rms_pref"], rel=1e-3)
             # the reward sees each picture once, with its own prompt
             assert sum((p for _, p in score.seen), []) == [p for p in PROMPTS for _ in range(6)]
             torch.testing.assert_close(torch.cat([x for x, _ in score.seen]), whole.seen[0][0],
@@ -747,17 +728,12 @@ class TestTheField:
     @pytest.mark.parametrize("kernel", KERNELS)
     @pytest.mark.parametrize("radii", RADII)
     def test_released_field_equals_float64_loop(self, kernel, radii):
-        z, reference, positive, negative = point_sets(3)
-        want, s_want = loop_released(*in_float64(z, positive, negative), radii, kernel)
-        got, s = drpo.released_field(z, positive, negative, radii=radii, kernel=kernel)
-        assert_close(got, want)
-        assert float(s) == pytest.approx(s_want, rel=1e-5)
-        want, s_want = loop_released(*in_float64(z, reference, z), radii, kernel,
-                                     negative_is_self=True)
-        got, s = drpo.released_field(z, reference, z, radii=radii, kernel=kernel,
-                                     negative_is_self=True)
-        assert_close(got, want)
-        assert float(s) == pytest.approx(s_want, rel=1e-5)
+        z, reference, best, worst = point_sets(3)
+        for sets, kw in (((z, best, worst), {}), ((z, reference, z), {"negative_is_self": True})):
+            want, s_want = loop_released(*in_float64(*sets), radii, kernel, **kw)
+            got, s = drpo.released_field(*sets, radii=radii, kernel=kernel, **kw)
+            assert_close(got, want)
+            assert float(s) == pytest.approx(s_want, rel=1e-5)
 
     @pytest.mark.parametrize("kernel", KERNELS)
     @pytest.mark.parametrize("radius", (0.1, 0.4, 1.5))
@@ -772,20 +748,6 @@ class TestTheField:
             # cosine: at z = a, where cos has its maximum, autograd's 0 is a difference of two
             # numbers of size e^(1/radius)
             assert_close(V * rms, gradient.double().numpy(), 2e-4 if kernel == "cosine" else 1e-5)
-
-    def test_dipole_energy_value(self):
-        z, other, _, _ = point_sets(6)
-        positive, negative = other[:3], other[3:5]
-        s = mean_scale([(x, y) for x in in_float64(z)[0] for y in in_float64(other[:5])[0]])
-        for kernel in KERNELS:
-            signed = list(zip(in_float64(other[:5])[0], (1, 1, 1, -1, -1)))
-            want = []
-            for x in in_float64(z)[0]:
-                terms = [sign * math.exp(log_of_kernel(x, a, 0.3 * s, 0.3, kernel))
-                         for a, sign in signed]
-                want.append(sum(terms))
-            E = drpo.dipole_energy(z, positive, negative, radius=0.3, kernel=kernel)
-            assert_close(E, np.array(want))
 
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_fields_where_everything_is_equal_or_lonely(self, kernel):
@@ -824,22 +786,13 @@ class TestTheField:
             with pytest.raises(ValueError, match="laplace.*laplacian"):
                 call(radii=(0.5,), kernel="laplace")
 
-    def test_rank_every_small_case(self):
+    def test_every_small_case_of_best_and_worst(self):
         """All patterns of 6 scores out of 3 values and NaN, m = 1..3."""
         for row in itertools.product((0.0, 1.0, 2.0, math.nan), repeat=6):
             for m in (1, 2, 3):
                 positive, negative = drpo.best_and_worst(torch.tensor(row), m)
                 assert positive.dtype == negative.dtype == torch.bool
                 check_anchors(row, m, positive.tolist(), negative.tolist())
-
-    def test_rank_values(self):
-        positive, negative = drpo.best_and_worst(torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 0.0]), 2)
-        assert positive.tolist() == [False, False, False, True, True, False]
-        assert negative.tolist() == [False, True, False, False, False, True]
-        positive, negative = drpo.best_and_worst(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 2)
-        assert positive.tolist() == [True, True, False, False, False, False]
-        assert negative.sum() == 2
-        assert not negative[:2].any()
 
     @pytest.mark.parametrize("field", ("dipole", "released"))
     def test_loss_values(self, field):
@@ -1009,22 +962,19 @@ class TestFeatures:
         G, x = open_model(models / kind), 3 * some_noise(2)
         c = G.encode(PROMPTS)
         pipe, seen = DiffusionPipeline.from_pretrained(models / kind), []
-        blocks = (pipe.unet.down_blocks[-1], pipe.unet.mid_block, pipe.unet.up_blocks[0])
 
         def keep(module, args, out):
-            out = out[0] if isinstance(out, tuple) else out
-            seen.append(out.detach())
+            seen.append(out[0] if isinstance(out, tuple) else out)
 
-        for block in blocks:
+        for block in (pipe.unet.down_blocks[-1], pipe.unet.mid_block, pipe.unet.up_blocks[0]):
             block.register_forward_hook(keep)
-        noise = drpo.prompt_noise(0, 0, (4, 8, 8))
         added = None
+        text, *rest = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1,
+                                         do_classifier_free_guidance=False)
         if kind == "sdxl":
-            text, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
             ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, -1)
-            added = {"text_embeds": pooled, "time_ids": ids}
-        else:
-            text = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+            added = {"text_embeds": rest[1], "time_ids": ids}
+        noise = drpo.prompt_noise(0, 0, (4, 8, 8))
         with torch.no_grad():
             pipe.unet(x + 0.1 * noise, 100, text, added_cond_kwargs=added)
         want = []
@@ -1119,58 +1069,23 @@ SCHEDULES = {
     "dpm": ("DPMSolverMultistepScheduler", dict(timestep_spacing="trailing"), 999),
 }
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def edit(file, change):
-    """Changes the tensors of a .safetensors file."""
-    from safetensors.torch import load_file, save_file
-    state = load_file(file)
-    change(state)
-    save_file(state, file, {"format": "pt"})
-
-
-def configure(file, **entries):
-    """Changes entries of a JSON file."""
-    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-
-
-BROKEN = {  # what is done to a folder of a model, words of the line
-    "text encoder renamed": (
-        lambda folder: edit(folder / "text_encoder" / "model.safetensors",
-                            lambda s: s.update({f"x.{k}": s.pop(k) for k in list(s)})),
-        "text_encoder"),
-    "text encoder 2 cut": (
-        lambda folder: edit(folder / "text_encoder_2" / "model.safetensors",
-                            lambda s: s.pop(min(s))), "text_encoder_2"),
-    "unet cut": (lambda folder: edit(folder / "unet" / WEIGHTS, lambda s: s.pop("conv_in.bias")),
-                 "unet: 1 missing weights, conv_in.bias"),
-    "unet with a LoRA": (
-        lambda folder: edit(folder / "unet" / WEIGHTS,
-                            lambda s: s.update({"mid_block.lora_A.weight": torch.zeros(2, 2)})),
-        "unexpected"),
-    "truncated": (lambda folder: os.truncate(folder / "unet" / WEIGHTS, 5000), ""),
-    "LFS pointer": (lambda folder: (folder / "vae" / WEIGHTS).write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), ""),
-    "latents_mean": (lambda folder: configure(folder / "vae" / "config.json", latents_mean=[0.1]),
-                     "vae has latents_mean"),
-    "in_channels": (lambda folder: configure(folder / "unet" / "config.json", in_channels=9), "9"),
-    "time_cond_proj_dim": (
-        lambda folder: configure(folder / "unet" / "config.json", time_cond_proj_dim=16),
-        "time_cond_proj_dim"),
-    "sample_size": (
-        lambda folder: configure(folder / "unet" / "config.json", sample_size=[8, 12]),
-        "sample_size"),
-    "refiner": (lambda folder: configure(folder / "model_index.json", text_encoder=[None, None]),
-                "text_encoder"),
-    "sdxs": (lambda folder: configure(folder / "model_index.json",
-                                      vae=["diffusers", "AutoencoderTiny"]), "AutoencoderKL"),
-    "dit": (lambda folder: configure(folder / "model_index.json",
-                                     unet=["diffusers", "DiTTransformer2DModel"]),
-            "UNet2DConditionModel"),
-    "instaflow": (lambda folder: configure(folder / "model_index.json",
-                                           _class_name="InstaFlowPipeline"), "rectified flow"),
-}
+UNET, INDEX = "unet/diffusion_pytorch_model.safetensors", "model_index.json"
+BROKEN = (  # file of a model's folder, what is done to its entries, tensors or bytes, words
+    ("vae/config.json", dict(latents_mean=[0.1]), "vae has latents_mean"),
+    ("unet/config.json", dict(in_channels=9), "9"),
+    ("unet/config.json", dict(time_cond_proj_dim=16), "time_cond_proj_dim"),
+    ("unet/config.json", dict(sample_size=[8, 12]), "sample_size"),
+    (INDEX, dict(text_encoder=[None, None]), "text_encoder"),  # SDXL's refiner
+    (INDEX, dict(vae=["diffusers", "AutoencoderTiny"]), "AutoencoderKL"),  # SDXS
+    (INDEX, dict(unet=["diffusers", "DiTTransformer2DModel"]), "UNet2DConditionModel"),
+    (INDEX, dict(_class_name="InstaFlowPipeline"), "rectified flow"),
+    ("text_encoder/model.safetensors",
+     lambda state: state.update({f"x.{k}": state.pop(k) for k in list(state)}), "text_encoder"),
+    ("text_encoder_2/model.safetensors", lambda state: state.pop(min(state)), "text_encoder_2"),
+    (UNET, lambda state: state.pop("conv_in.bias"), "unet: 1 missing weights, conv_in.bias"),
+    (UNET, lambda state: state.update(lora_A=torch.zeros(2, 2)), "unexpected"),
+    (UNET, b"cut off in the middle", ""),
+    (UNET, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ""))
 
 
 class TestTheGenerator:
@@ -1178,7 +1093,7 @@ class TestTheGenerator:
 
     @pytest.mark.parametrize("name", SCHEDULES)
     @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction", "sample"))
-    def test_one_step_of_other_schedulers(self, name, prediction, models, capsys):
+    def test_one_step_of_other_schedulers(self, name, prediction, models):
         """One formula for all: the timestep, abar and the kind of prediction; against the pipelines
         in one step."""
         import diffusers
@@ -1186,15 +1101,10 @@ class TestTheGenerator:
         if "Ancestral" in cls and prediction == "sample":
             pytest.skip("diffusers' own scheduler has no sample prediction")
         pipe = diffusers.DiffusionPipeline.from_pretrained(models / "sd")
-        kept = {k: v for k, v in pipe.scheduler.config.items() if k.startswith("beta") or k
-                == "num_train_timesteps"}
+        kept = {k: v for k, v in pipe.scheduler.config.items() if k.startswith(("beta", "num_"))}
         pipe.scheduler = getattr(diffusers, cls)(**kept, prediction_type=prediction, **settings)
-        e, prompts = some_noise(), PROMPTS
-        kw = dict(timesteps=[t]) if cls == "LCMScheduler" else dict(num_inference_steps=1)
-        pipe.set_progress_bar_config(disable=True)
-        want = pipe(prompt=prompts, latents=e.clone(), guidance_scale=0.0, height=32, width=32,
-                    output_type="latent", generator=torch.Generator().manual_seed(0), **kw).images
-        capsys.readouterr()
+        e = some_noise()
+        want = pipeline_sample(pipe, e, **{"timesteps": [t]} if cls == "LCMScheduler" else {})
         G = drpo.Generator(pipe, timestep=t)
         x = sample_of(G, e)
         # it ends at abar_0 instead of 1: sqrt(abar_0) x + sqrt(1 - abar_0) eps, by hand
@@ -1203,13 +1113,6 @@ class TestTheGenerator:
             last = float(pipe.scheduler.alphas_cumprod[0])
             x = math.sqrt(last) * x + math.sqrt(1 - last) * eps
         assert_close(x, want.double().numpy(), 5e-5)
-        # a schedule that would start elsewhere does not decide in silence
-        capsys.readouterr()
-        drpo.Generator(pipe)
-        said = capsys.readouterr().err
-        pipe.scheduler.set_timesteps(1)
-        assert (cls in said
-                and "t = 999" in said) == (int(pipe.scheduler.timesteps[0]) != 999), said
 
     @pytest.mark.parametrize("kind", ("sd", "sdxl"))
     def test_unet_from_a_file(self, kind, models, tmp_path):
@@ -1226,10 +1129,8 @@ class TestTheGenerator:
         save_file(state, file) if kind == "sdxl" else torch.save(state, file)
         kept = {k: v for k, v in base.scheduler.config.items() if k.startswith("beta")}
         base.scheduler = diffusers.LCMScheduler(**kept)
-        base.set_progress_bar_config(disable=True)
         e = some_noise()
-        want = base(prompt=PROMPTS, latents=e.clone(), timesteps=[399], guidance_scale=0.0,
-                    height=32, width=32, output_type="latent").images
+        want = pipeline_sample(base, e, timesteps=[399])
         G = drpo.load_generator(str(models / kind), unet=str(file), timestep=399)
         # k = 1 is LCM's; the tiny base's own Euler scheduler, trailing, begins at sigma
         G.noise_scale = 1.0
@@ -1241,12 +1142,20 @@ class TestTheGenerator:
         with pytest.raises(UserError, match="owner/repo/file"):
             drpo.load_generator(str(models / kind), unet="nowhere.bin")
 
-    @pytest.mark.parametrize("what", BROKEN)
-    def test_a_base_is_read_whole_or_refused(self, what, models, tmp_path):
+    @pytest.mark.parametrize("name,change,words", BROKEN)
+    def test_a_base_is_read_whole_or_refused(self, name, change, words, models, tmp_path):
+        from safetensors.torch import load_file, save_file
         folder = tmp_path / "model"
         shutil.copytree(models / "sdxl", folder)
-        change, words = BROKEN[what]
-        change(folder)
+        file = folder / name
+        if isinstance(change, dict):
+            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        elif isinstance(change, bytes):
+            file.write_bytes(change)
+        else:
+            state = load_file(file)
+            change(state)
+            save_file(state, file, {"format": "pt"})
         with pytest.raises(UserError) as caught:
             drpo.load_generator(str(folder))
         assert words in str(caught.value)
@@ -1451,17 +1360,15 @@ class TestTheGenerator:
         deviation."""
         torch.manual_seed(0)
         norm = torch.nn.GroupNorm(4, 32).requires_grad_(False)
-        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        norm.bfloat16()
         x = (torch.randn(2, 32, 24, 24) + 8 * torch.randn(1, 32, 1, 1)).bfloat16()
-        groups = x.double().reshape(2, 4, -1)
-        exact = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0,
-            keepdim=True) + norm.eps).sqrt()
-        exact = exact.reshape(x.shape) * norm.bfloat16().weight.double()[:, None,
-            None] + norm.bias.double()[:, None, None]
-        plain = float((norm(x) - exact).norm() / exact.norm())
+        want = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
+        plain = float((norm(x) - want).norm() / want.norm())
         norm.__class__ = drpo.ChannelsLastGroupNorm
-        assert float((torch.compile(norm)(x) - exact).norm() / exact.norm()) < 1.05 * plain < 0.01
-        assert float((norm(x) - exact).norm() / exact.norm()) < 2 * plain
+        assert float((torch.compile(norm)(x) - want).norm() / want.norm()) < 1.05 * plain < 0.01
+        assert float((norm(x) - want).norm() / want.norm()) < 2 * plain
 
 
 # ===== drpo.py: 4. One update
@@ -1519,8 +1426,8 @@ class TestOneUpdate:
 
     def test_a_vae_that_gives_nan_ends_with_a_line(self, tuned, monkeypatch):
         G, params = tuned
-        broken = lambda x: types.SimpleNamespace(sample=torch.full((len(x), 3, 32, 32), math.inf))
-        monkeypatch.setattr(G.vae, "decode", broken)
+        monkeypatch.setattr(G.vae, "decode", lambda x: types.SimpleNamespace(
+            sample=torch.full((len(x), 3, 32, 32), math.inf)))
         with pytest.raises(UserError, match="not finite.*--dtype"):
             update_gradient(G, params, "vae", 12)
 
@@ -1588,17 +1495,6 @@ class TestOneUpdate:
         assert m["distance"] == pytest.approx(rms, rel=1e-4)
         assert m["diversity"] == pytest.approx(apart["tuned"] / apart["base"], rel=1e-4)
         assert m["diversity"] != pytest.approx(1, abs=1e-4), "nothing measured"
-
-    def test_noise_of_a_prompt(self):
-        """Gaussian, its own for each seed and position, the same whatever the RNG."""
-        shape = (16, 4, 8, 8)
-        noise = drpo.prompt_noise(0, 5, shape)
-        torch.manual_seed(4)
-        assert torch.equal(noise, drpo.prompt_noise(0, 5, shape))
-        for seed, position in ((0, 6), (1, 5), (0, -1), (1, 6)):
-            assert abs(float((noise * drpo.prompt_noise(seed, position, shape)).mean())) < 0.08
-        assert abs(float(noise.mean())) < 0.08
-        assert abs(float(noise.std()) - 1) < 0.05
 
     def test_offline_pairs_are_anchors(self, tuned, tmp_path):
         """Anchors from files, of different numbers: features of the VAE-encoded pictures, by
@@ -1690,7 +1586,6 @@ class TestARun:
             assert len(m["rms_pref"]) == len(m["rms_ref"]) == 3
         assert ["watch/jpeg" in m for m in metrics] == [True, False, False, True]
         assert metrics[0]["distance"] == 0 < metrics[3]["distance"]
-        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["seconds"] > 0
         names = sorted(path.name for path in (folder / "samples").iterdir())
         assert names == ["step-000001.png", "step-000002.png", "step-000004.png"]
         for name in names:
@@ -1709,23 +1604,22 @@ class TestARun:
     def test_the_average_of_the_lora_is_kept(self, models, home):
         """Against the weights of every step: a plain mean at first, then exponential; training
         itself does not see it, and --resume goes on with it."""
-        every = []
         for steps in (1, 2, 3, 4):
-            assert RunProcess(command(models, f"to{steps}", steps=steps, average=0.5),
-                              home).wait() == 0
-            every.append(weights_of(home / f"to{steps}"))
-        mean = [w.double() for w in every[0]]
-        for n, weights in enumerate(every[1:], 2):
+            run = RunProcess(command(models, f"to{steps}", steps=steps, average=0.5), home)
+            assert run.wait() == 0, run.err
+        mean = [w.double() for w in weights_of(home / "to1")]
+        for n in (2, 3, 4):
             rate = max(0.5, 1 / n)
-            mean = [(1 - rate) * m + rate * w.double() for m, w in zip(mean, weights)]
+            now = weights_of(home / f"to{n}")
+            mean = [(1 - rate) * m + rate * w.double() for m, w in zip(mean, now)]
         assert RunProcess(["--resume", "to2", "--steps", "4"], home).wait() == 0
+        scale = drpo.Config.lora_alpha / 2  # alpha / rank
         for name in ("to4", "to2"):
             G = open_model(models / "sd")
             G.load_lora(home / name)
-            for layer, (down, up) in zip(G.lora.values(), zip(mean[::2], mean[1::2])):
-                want = layer.up.detach() @ layer.down.detach() * layer.alpha / layer.rank
-                scale = drpo.read_config(home / name)["lora_alpha"] / layer.rank
-                assert_close(want, (scale * up @ down).numpy(), 1e-5)
+            for layer, down, up in zip(G.lora.values(), mean[::2], mean[1::2]):
+                got = layer.up.detach() @ layer.down.detach() * layer.alpha / layer.rank
+                assert_close(got, (scale * up @ down).numpy(), 1e-5)
 
     def test_resume_further_and_changed_settings(self, models, home):
         """A setting given beside --resume replaces the run's, and stays; files that changed since
@@ -1804,12 +1698,13 @@ class TestARun:
         drpo.train(drpo.parse(command(models, reward="jpeg")), stop=stop)
         assert state_of("run")["step"] == 1
 
-    @pytest.mark.parametrize("action,code", (("", 130), ("interrupts_ignored", -signal.SIGINT)))
-    def test_a_second_signal_ends_at_once(self, action, code, models, home):
+    @pytest.mark.parametrize("env,code", (({}, 130),
+                                          ({"INTERRUPTS_IGNORED": ""}, -signal.SIGINT)))
+    def test_a_second_signal_ends_at_once(self, env, code, models, home):
         """While a reward works: the first says a line at once, the second does not wait; the
         checkpoint is intact."""
         argv = command(models, reward="own.py:hangs", steps=9, save_every=1)
-        run = RunProcess(argv, home, {"DP_ACTION": action})
+        run = RunProcess(argv, home, env)
         run.until(home / "run" / "metrics.jsonl", 2)
         time.sleep(0.5)
         begun = time.monotonic()
@@ -1857,17 +1752,6 @@ class TestARun:
         assert run.wait() == 0, run.err
         assert plain.wait() == 0, run.err
         assert metrics_of(home / "run") == metrics_of(home / "plain"), "as if nothing had happened"
-
-    @pytest.mark.parametrize("reward,steps,skipped", (
-        ("nan3", 6, [0, 0, 1, 1, 1, 1]), ("nan_some", 4, [0, 0, 0, 0]), ("same", 2, [1, 1])))
-    def test_nan_scores_in_a_run(self, reward, steps, skipped, models, home):
-        """No opinion on some: trained on the others. On all, or equal scores: reference drift, and
-        the line says so. The log stays JSON."""
-        run = RunProcess(command(models, reward=f"own.py:{reward}", steps=steps, batch=1), home)
-        assert run.wait() == 0, run.err
-        assert [m["skipped"] for m in metrics_of(home / "run")] == skipped
-        assert all(torch.isfinite(w).all() for w in weights_of(home / "run"))
-        assert ("no anchors for 100% of the prompts" in run.out) == any(skipped)
 
     @pytest.mark.parametrize("kind,dtype", (("sd", "bf16"), ("sdxl", "bf16"), ("sdxl", "fp16")))
     def test_runs_in_every_dtype(self, kind, dtype, models, home):
@@ -1945,20 +1829,20 @@ class Keeps:
 
         small = dict(model=models / "sd", prompts=home / "prompts.txt", batch=1, candidates=4,
                      anchors=2, preview_every=0)
-        cfg = drpo.Config(steps=np.int64(1), lr=np.float32(1e-3), out=home / "run", **small)
-        drpo.train(cfg, reward=jpeg)
-        assert metrics_of(home / "run")[0]["reward_mean"] > 500
+        drpo.train(drpo.Config(steps=np.int64(1), lr=np.float32(1e-3), out=home / "run", **small),
+                   reward=jpeg)
+        resumed = drpo.parse(["--resume", str(home / "run"), "--steps", "2"])
         with pytest.raises(UserError, match="the callable 'jpeg'"):
-            drpo.train(drpo.parse(["--resume", str(home / "run"), "--steps", "2"]))
-        drpo.train(drpo.parse(["--resume", str(home / "run"), "--steps", "2"]), reward=jpeg)
-        assert metrics_of(home / "run")[1]["reward_mean"] > 500
+            drpo.train(resumed)
+        drpo.train(resumed, reward=jpeg)
+        assert all(m["reward_mean"] > 500 for m in metrics_of(home / "run"))
         with pytest.raises(UserError, match="--lr is 'fast'"):
             drpo.train(drpo.Config(lr="fast", out=home / "other", **small))
         assert not (home / "other").exists()
 
     def test_presets_of_folders(self, models):
-        assert drpo.Config.preset(str(models / "sd")).features == "latent-mae"
-        assert drpo.Config.preset(models / "sdxl").features == "unet"
+        assert drpo.Config.preset(models / "sd").features == "latent-mae"
+        assert drpo.Config.preset(str(models / "sdxl")).features == "unet"
         with pytest.raises(UserError, match="Config.preset"):
             drpo.train(drpo.Config(model=str(models / "sd")))
 
@@ -1970,27 +1854,13 @@ class Keeps:
 
     def test_gradients_that_are_not_finite(self, models, home):
         """One is not applied, and the log stays JSON; three in a row end the run with a line."""
-        one = RunProcess(command(models, "one"), home, {"DP_ACTION": "nonfinite", "DP_STEPS": "2"})
-        three = RunProcess(command(models, "three", steps=9), home,
-                           {"DP_ACTION": "nonfinite", "DP_STEPS": "3,4,5"})
+        one = RunProcess(command(models, "one"), home, {"SPOILT": "2"})
+        three = RunProcess(command(models, "three", steps=9), home, {"SPOILT": "3 4 5"})
         assert one.wait() == 0, one.err
         assert [m["applied"] for m in metrics_of(home / "one")] == [True, False, True, True]
         assert metrics_of(home / "one")[1]["loss"] is None
         assert three.wait() == 2
         assert_one_line(three.err, "not finite three times", "--resume")
-
-    def test_the_same_seed_is_the_same_run(self, models, home):
-        """Bit for bit; another seed differs; the micro-batch changes nothing but rounding."""
-        settings = dict(a={}, b=dict(save_every=1, log_every=1), c=dict(seed=1),
-                        d=dict(micro_batch=3))
-        runs = [RunProcess(command(models, name, steps=2, **kw), home)
-                for name, kw in settings.items()]
-        assert [run.wait() for run in runs] == [0, 0, 0, 0], [run.err for run in runs]
-        a, b, c = (weights_of(home / name) for name in "abc")
-        assert all_equal(a, b)
-        assert not all_equal(a, c)
-        losses = [[m["loss"] for m in metrics_of(home / name)] for name in "ad"]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
     def test_drpo_runs_beside_rewards_and_a_model_alone(self, models, tmp_path):
         """Two files and a diffusers folder in an empty folder, as somebody who copies them would
@@ -2057,21 +1927,17 @@ BAD = {  # what is given in place of a good setting -> words of the line
     "kernel": (dict(kernel="laplacan"), ("laplacan", "laplacian")),
     "field": (dict(field="dipol"), ("dipol", "dipole")),
     "prompts": (dict(prompts="animal"), ("animal", "animals")),
-    "prompts-missing": (dict(prompts="no/such/file.txt"), ("no/such/file.txt",)),
     "prompts-empty": (dict(prompts="empty.txt"), ("empty.txt", "empty")),
     "anchors": (dict(anchors=3, candidates=4), ("--anchors", "--candidates", "3", "4")),
     "steps": (dict(steps=0), ("--steps",)),
     "seed": (dict(seed=2 ** 64), ("--seed",)),
     "micro-batch": (dict(micro_batch="-1"), ("--micro-batch",)),
     "radii": (dict(radii="0.2,-1"), ("--radii",)),
-    "lr-word": (dict(lr="fast"), ("--lr", "fast")),
     "lr-nan": (dict(lr="nan"), ("--lr",)),
-    "device": (dict(device="gpu"), ("gpu",)),
     "device-mps": (dict(device="mps"), ("--device", "mps")),
     "reward-name-not-given": (dict(reward="own.py"), ("own.py:function",)),
     "features-file": (dict(features="latent-mae@none.pth"), ("none.pth",)),
     "features-not-mae": (dict(features="latent-mae@other.pth"), ("other.pth", "latent-MAE")),
-    "features-torn": (dict(features="latent-mae@prompts.txt"), ("prompts.txt",)),
     "features-own": (dict(features="own.py:nothing"), ("feature", "own.py:nothing")),
     "out-holds-a-run": (dict(out="old"), ("old", "--resume")),
     "out-is-a-file": (dict(out="prompts.txt"), ("prompts.txt",)),
@@ -2083,9 +1949,7 @@ BAD = {  # what is given in place of a good setting -> words of the line
     "pairs-empty": (dict(pairs="empty.txt"), ("empty.txt", "empty")),
     "pairs-outside": (dict(pairs="inner/up.jsonl"), ("up.jsonl", "line 2", "outside")),
     "pairs-link": (dict(pairs="inner/link.jsonl"), ("link.jsonl", "line 1", "outside")),
-    "pairs-no-picture": (dict(pairs="inner/lost.jsonl"), ("lost.png",)),
     "pairs-one-side": (dict(pairs="inner/half.jsonl"), ("half.jsonl", "line 1", "rejected")),
-    "pairs-not-a-picture": (dict(pairs="inner/text.jsonl"), ("text.png",)),
 }
 
 @pytest.fixture
@@ -2103,14 +1967,11 @@ def traps(home, models):
     write("tornrun/config.json", '{"model":')
     write_pictures(home, 1)
     write_pictures(home / "inner", 2)
-    write("inner/text.png", "no picture")
     (home / "inner" / "link.png").symlink_to(home / "0.png")
     good = {"prompt": "a cat", "chosen": ["0.png"], "rejected": ["1.png"]}
     for name, rows in {"up": [good, good | {"chosen": ["../0.png"]}],
                        "link": [good | {"rejected": ["link.png"]}],
-                       "lost": [good | {"chosen": ["lost.png"]}],
-                       "half": [good | {"rejected": []}],
-                       "text": [good | {"chosen": ["text.png"]}]}.items():
+                       "half": [good | {"rejected": []}]}.items():
         write(f"inner/{name}.jsonl", "\n".join(map(json.dumps, rows)))
     return home
 
@@ -2139,51 +2000,35 @@ class TestDrpoPyBadInput:
         for device in ("cuda", "cuda:1"):
             assert_refused(command(models, device=device), home, capfd, "--device", device, "cpu")
 
-    def test_reward_that_is_bad_at_once_can_be_mended(self, models, home, capfd):
-        """The same command works after the reward file is mended: the failure left no run
-        behind."""
-        argv = command(models, reward="own.py:short", steps=1)
-        assert_refused(argv, home, capfd, "own.py:short")
-        (home / "own.py").write_text(REWARD_FILE + "\nshort = good\n")
-        with contextlib.chdir(home):
-            drpo.main(argv)
-        assert state_of(home / "run")["step"] == 1
-
     def test_settings_and_presets(self):
         """The command line is Config: given before preset before default. The presets are the
-        published recipes."""
+        published recipes: arXiv 2606.02521 and the authors' scripts."""
         toy, sd, xl = (drpo.parse(["--model", m]) for m in ("toy", "sd-turbo", "sdxl-turbo"))
         assert toy == drpo.Config(kernel="rbf", average=0.95) == drpo.Config.preset("toy")
-        # arXiv 2606.02521 and the authors' scripts: K, m, prompts a GPU, lr, updates, weight of the
-        # reference, features
-        recipe = {"candidates": 24, "anchors": 8, "batch": 8, "lr": 1e-4, "steps": 1000,
-                  "lambda_ref": 0.2, "lora_rank": 16,
-                  "lora_alpha": 16.0, "weight_decay": 0.01, "clip": 1.0, "features": "latent-mae",
-                  "field": "released",
-                  "radii": (0.02, 0.05, 0.2), "reward": "pickscore"}
+        recipe = dict(candidates=24, anchors=8, batch=8, lr=1e-4, steps=1000, lambda_ref=0.2,
+                      lora_rank=16, lora_alpha=16.0, weight_decay=0.01, clip=1.0,
+                      features="latent-mae", field="released", radii=(0.02, 0.05, 0.2),
+                      reward="pickscore")
         assert {name: getattr(sd, name) for name in recipe} == recipe
-        recipe |= {"candidates": 16, "lr": 1e-5, "steps": 5000, "lambda_ref": 0.25,
-                   "features": "unet"}
+        recipe |= dict(candidates=16, lr=1e-5, steps=5000, lambda_ref=0.25, features="unet")
         assert {name: getattr(xl, name) for name in recipe} == recipe
         mine = drpo.parse("--model sd-turbo --radii 0.1,0.3 --lr 0.5 --field dipole".split())
         assert mine == drpo.Config.preset("sd-turbo", radii=(0.1, 0.3), lr=0.5, field="dipole")
-        assert mine.batch == 8
 
-    def test_import_is_light_and_goes_one_way(self, tmp_path):
-        """Heavy libraries are imported when a model is loaded, drpo.py knows rewards.py alone, and
-        every module is one."""
+    def test_import_is_light_and_goes_one_way(self):
+        """Heavy libraries are imported when a model is loaded, and drpo.py knows rewards.py
+        alone."""
         code = ("import sys, drpo;"
                 "heavy = {'diffusers', 'transformers', 'peft', 'accelerate', 'eval'};"
-                "assert not heavy & set(sys.modules);"
-                "import eval, rewards; assert eval.drpo is drpo and rewards is rewards")
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
+                "assert not heavy & set(sys.modules)")
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE)
+        assert done.returncode == 0
         own = {"rewards": set(), "drpo": {"rewards"}, "eval": {"drpo", "rewards"}}
+        names = "|".join([*own, *(path.stem for path in (HERE / "lab").glob("*.py"))])
         for name, known in own.items():
-            found = set(re.findall(r"^\s*(?:import|from) (rewards|drpo|eval|scene|ablate|bench)\b",
-                                   (HERE / f"{name}.py").read_text(), re.M))
-            assert found == known, name
+            text = (HERE / f"{name}.py").read_text()
+            found = re.findall(rf"^\s*(?:import|from) ({names})\b", text, re.M)
+            assert set(found) == known, name
 
 
 # ===== drpo.py: several ranks
@@ -2252,8 +2097,6 @@ class TestDrpoPySeveralRanks:
 
 
 # ===== rewards.py: contract
-
-ROOT = Path(__file__).parent
 
 def some_images(count, size=(64, 64), seed=0):
     """Smooth random pictures with some grain."""
@@ -2644,198 +2487,29 @@ class TestRewardsPyFiles:
         ("pickscore", ["model.safetensors", "huggingface.co/yuvalkirstain/PickScore_v1",
                        "pickscore@/path/to/folder"]),
         ("hpsv2", ["HPS_v2.1_compressed.pt", "huggingface.co/xswu/HPSv2", "hpsv2@/path/to/folder"]),
-        ("imagereward", ["ImageReward.pt", "huggingface.co/THUDM/ImageReward",
-                         "imagereward@/path/to/folder"]),
+        ("imagereward", ["ImageReward.pt", "huggingface.co/THUDM/ImageReward"]),
         ("aesthetic", ["sac+logos+ava1-l14-linearMSE.pth", "DRPO_CACHE"]),
         ("clip@/no/such/place", ["config.json", "/no/such/place", "no such file or folder"]),
         ("hpsv2@EMPTY", ["HPS_v2.1_compressed.pt", "FileNotFoundError"]),
         ("imagereward@JUNK", ["ImageReward.pt", "UnpicklingError"]),
-        ("geneval@/no/such/place", ["/no/such/place",
-                                    "geneval@/path/to/evaluation_metadata.jsonl"]),
-    ])
+        ("geneval@/no/such/place", ["/no/such/place", "evaluation_metadata.jsonl"])])
     def test_reward_missing_files(self, spec, says, tmp_path, monkeypatch):
         import huggingface_hub.constants
+
+        def download(*args, **kw):
+            raise OSError("no route")
+
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setenv("DRPO_CACHE", str(tmp_path))
-        monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a,
-                            **kw: (_ for _ in ()).throw(OSError("no route")))
+        monkeypatch.setattr(torch.hub, "download_url_to_file", download)
         (tmp_path / "junk").write_bytes(b"\x80\x02not weights")
         spec = spec.replace("EMPTY", str(tmp_path)).replace("JUNK", str(tmp_path / "junk"))
         with pytest.raises(UserError) as caught:
             rewards.load(spec)
-        assert all(word in str(caught.value) for word in says)
+        for word in says:
+            assert word in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-# ===== rewards.py: models
-
-def clip_tokenizer(folder):
-    """A CLIP tokenizer of single letters; the end token has the highest number, as in the real
-    one."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocab = {t: i for i, t in enumerate(letters + [c + "</w>" for c in letters]
-                                        + ["<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-               "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
-    return vocab
-
-SMALL_CLIP = {  # the shape of `open_clip_weights`
-    "projection_dim": 24,
-    "text_config": dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2,
-                        num_attention_heads=4,
-                        hidden_act="gelu", projection_dim=24, vocab_size=54, bos_token_id=52,
-                        eos_token_id=53),
-    "vision_config": dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                          num_attention_heads=1,
-                          hidden_act="gelu", projection_dim=24, patch_size=56),
-}
-
-def waves(count, size):
-    """Pictures by a formula: smooth, all different, the same under any version of Pillow."""
-    x, y = np.meshgrid(np.arange(size[0]) / 40, np.arange(size[1]) / 40)
-    pictures = []
-    for n in range(1, count + 1):
-        channels = [np.sin(n * x + c) * np.cos(y * (c + 1) - n) for c in range(3)]
-        pictures.append(Image.fromarray((127.5 + 127.5 * np.stack(channels,
-                                                                  -1)).round().astype(np.uint8)))
-    return pictures
-
-def open_clip_weights(projection=24):
-    """Random weights with open_clip's and OpenAI's names: a ViT of width 64 in patches of 56, a
-    text model of width 32."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator) * (shape[-1] ** -.5 if len(shape) > 1
-                                                          else .3)
-    weights = {"logit_scale": torch.tensor(4.6), "positional_embedding": draw(77, 32),
-               "text_projection": draw(32, projection), "token_embedding.weight": draw(54, 32),
-               "visual.class_embedding": draw(64), "visual.proj": draw(64, projection),
-               "visual.positional_embedding": draw(17, 64),
-               "visual.conv1.weight": draw(64, 3, 56, 56) * .2}
-    norms = {"visual.ln_pre": 64, "visual.ln_post": 64, "ln_final": 32}
-    for prefix, width in (("visual.", 64), ("", 32)):
-        for n in range(2):
-            p = f"{prefix}transformer.resblocks.{n}."
-            norms |= {p + "ln_1": width, p + "ln_2": width}
-            for name, rows, columns in (("attn.in_proj_", 3 * width, width),
-                                        ("attn.out_proj.", width, width),
-                                        ("mlp.c_fc.", 4 * width, width),
-                                        ("mlp.c_proj.", width, 4 * width)):
-                weights |= {p + name + "weight": draw(rows, columns), p + name + "bias": draw(rows)}
-    for name, width in norms.items():
-        weights |= {name + ".weight": 1 + draw(width), name + ".bias": draw(width)}
-    return weights
-
-
-def clip_folder(folder, projection=24, activation="gelu"):
-    """A folder of a small CLIPModel with these weights and its tokenizer, as of a hub."""
-    from transformers import CLIPConfig, CLIPModel
-    config = CLIPConfig(**{**SMALL_CLIP, "projection_dim": projection})
-    config.text_config.hidden_act = config.vision_config.hidden_act = activation
-    weights = hps.from_open_clip(open_clip_weights(projection))
-    CLIPModel.from_pretrained(None, config=config, state_dict=weights).save_pretrained(folder)
-    clip_tokenizer(folder)
-
-CLIP_PROMPTS = ["a cat", "a red dog", "two birds", "a cat"]
-
-def behaves(reward, tolerance=1e-5):
-    """What every model reward must do: repeat itself, not care for order or batch size, tell
-    pictures apart."""
-    images = some_images(5, (90, 70)) + [Image.new("RGB", (90, 70))]
-    prompts = ["a cat", "a dog"] * 3
-    (name, part), = reward.parts.items()
-    scores = reward(images, prompts)
-    assert torch.equal(scores, reward(images, prompts))
-    assert torch.allclose(scores.flip(0), reward(images[::-1], prompts[::-1]), atol=tolerance)
-    part.batch_size = 2
-    assert torch.allclose(scores, reward(images, prompts), atol=tolerance)
-    shuffled = np.random.default_rng(0).permutation(np.array(images[0]).reshape(-1, 3)).reshape(70,
-        90, 3)
-    others = reward([images[0], Image.fromarray(shuffled), images[5]], ["a cat"] * 3)
-    assert others.isfinite().all()
-    assert len(set(others.tolist())) == 3
-
-
-# what the originals' own code gives for the pictures of `waves`, these prompts and weights
-ORIGINAL_SCORES = {
-    "pickscore": [28.709972, 29.506081, 28.312414, 43.962631],
-    # the model card's, transformers 4.57.1; 640 x 427
-    "clip": [0.270572, 0.353885, 0.281806, 0.411300],  # OpenAI's, clip-anytorch 2.6.0; 280 x 280
-    "aesthetic": [0.690763, 0.682535, 0.690826, 0.688289],
-    # its repository's, 6934dd81, on OpenAI's; 640 x 427
-    "hpsv2": [0.238148, 0.424465, 0.398144, 0.230903],  # hpsv2 1.2.0; 640 x 427
-    "hpsv2 tall": [0.109186, 0.202356, 0.257832, 0.119639],  # 85 x 320
-    "imagereward": [-0.373085, -0.047387, 0.280459, 0.160174],  # image-reward 1.5; 640 x 427
-}
-class TestRewardsPyModels:
-    """CLIP and its descendants: the originals' own numbers, for small seeded weights."""
-
-    @pytest.mark.parametrize("size", [(224, 224), (512, 512), (300, 517), (640, 231), (64, 64),
-                                      (225, 224), (100, 37)])
-    def test_reward_clip_pixels(self, size):
-        from transformers import CLIPImageProcessor
-        images = some_images(2, size)
-        judge = CLIPImageProcessor()(images, return_tensors="pt")["pixel_values"]
-        mine = rewards.clip_pixels(images, "cpu")
-        assert mine.shape == judge.shape
-        assert (mine - judge).abs().max() < 1e-6
-        # the tensor path against PIL: at most one level of 255 (two where the picture is enlarged),
-        # seldom
-        level, grows = 1 / 255 / torch.tensor(rewards.CLIP_STD).view(3, 1, 1), min(size) < 224
-        difference = ((rewards.clip_pixels(as_batch(images), "cpu") - mine) / level).abs()
-        assert difference.max() < (2.01 if grows else 1.01)
-        assert (difference > 0.5).float().mean() < (1e-2 if grows else 1e-3)
-
-    def test_reward_centre_crop_of_torchvision(self):
-        """int(round((long - 224) / 2)), by hand, for every long side; a pixel beside the floor of
-        transformers for some."""
-        differs = 0
-        for long in (225, 227, 228, 229, 230, 231, 243, 327, 335):
-            picture = np.zeros((224, long, 3), np.uint8)
-            picture[..., 0] = np.arange(long) % 256
-            first = {}
-            for fit in ("round", "floor"):
-                x = rewards.clip_pixels([Image.fromarray(picture)], "cpu", fit=fit)[0, 0, 0, 0]
-                first[fit] = round(float(x * rewards.CLIP_STD[0] + rewards.CLIP_MEAN[0]) * 255)
-            assert first["round"] == int(round((long - 224) / 2.0))
-            assert first["floor"] == (long - 224) // 2
-            differs += first["round"] != first["floor"]
-        assert differs > 2
-
-    def test_reward_pickscore_and_clip(self, tmp_path):
-        large = some_images(4, (512, 512))
-        for name, size, activation, tolerance in (("pickscore", (640, 427), "gelu", 1e-2),
-                                                  ("clip", (280, 280), "quick_gelu", 5e-4)):
-            clip_folder(tmp_path / name, activation=activation)
-            reward = rewards.load(f"{name}@{tmp_path / name}")
-            assert reward(waves(4, size),
-                          CLIP_PROMPTS).tolist() == pytest.approx(ORIGINAL_SCORES[name], rel=2e-5)
-            # a tensor scores as its saved picture
-            assert torch.allclose(reward(as_batch(large), CLIP_PROMPTS),
-                                  reward(large, CLIP_PROMPTS), atol=tolerance)
-            behaves(reward, 2e-5)
-
-    def test_reward_texts_are_read_once(self, tmp_path):
-        clip_folder(tmp_path)
-        clip, read = rewards.clip_at("clip", rewards.CLIP_L, "cpu", str(tmp_path)), []
-        tokenize = clip.tokenize
-        clip.tokenize = lambda texts: read.extend(texts) or tokenize(texts)
-        first = clip.text(["a cat", "a dog", "a cat"])
-        clip.text(["a dog"])
-        assert read == ["a cat", "a dog"]
-        assert torch.equal(first[0], first[2])
-        clip.known.update(dict.fromkeys(range(4096)))
-        assert torch.allclose(clip.text(["a cat"]), first[:1], atol=1e-6)
-        assert len(clip.known) == 1, "the memory is bounded"
-
-
-
 
 
 class TestTheCommandLineOfRewards:

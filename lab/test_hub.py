@@ -21,8 +21,8 @@ import torch  # noqa: E402
 import drpo  # noqa: E402
 import rewards  # noqa: E402
 
-from test_drpo import TINY, clip_folder, models  # noqa: E402, F401
-from test_rewards import running  # noqa: E402
+from test_drpo import TINY, models  # noqa: E402, F401
+from test_rewards import clip_folder, running  # noqa: E402
 
 
 class Hub(BaseHTTPRequestHandler):

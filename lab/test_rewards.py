@@ -39,16 +39,126 @@ from rewards import UserError  # noqa: E402
 import serve  # noqa: E402
 
 from test_drpo import (  # noqa: E402, F401
-    CLIP_PROMPTS, ORIGINAL_SCORES, SMALL_CLIP, as_batch, behaves, clip_folder, clip_tokenizer,
-    compare_maps, eval_main, hps, mean_red, models, open_clip_weights, open_model, reward_of,
-    some_images, some_noise, toy, toy_runs, waves,
+    as_batch, compare_maps, eval_main, mean_red, models, open_model, reward_of, some_images,
+    some_noise, toy, toy_runs,
 )
 
+hps = rewards.import_file(HERE / "hps.py")
 judge = rewards.import_file(HERE / "judge.py")  # the module that rewards.load takes
 imagereward = rewards.import_file(HERE / "imagereward.py")
 
 
 # ===== models, against the originals' own numbers
+
+CLIP_PROMPTS = ["a cat", "a red dog", "two birds", "a cat"]
+
+SMALL_CLIP = {  # the shape of `open_clip_weights`
+    "projection_dim": 24,
+    "text_config": dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4,
+                        hidden_act="gelu", projection_dim=24, vocab_size=54, bos_token_id=52,
+                        eos_token_id=53),
+    "vision_config": dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                          num_attention_heads=1,
+                          hidden_act="gelu", projection_dim=24, patch_size=56),
+}
+
+# what the originals' own code gives for the pictures of `waves`, these prompts and weights
+ORIGINAL_SCORES = {
+    # the model card's, transformers 4.57.1; 640 x 427
+    "pickscore": [28.709972, 29.506081, 28.312414, 43.962631],
+    # OpenAI's, clip-anytorch 2.6.0; 280 x 280
+    "clip": [0.270572, 0.353885, 0.281806, 0.411300],
+    # its repository's, 6934dd81, on OpenAI's; 640 x 427
+    "aesthetic": [0.690763, 0.682535, 0.690826, 0.688289],
+    # hpsv2 1.2.0; 640 x 427, and 85 x 320
+    "hpsv2": [0.238148, 0.424465, 0.398144, 0.230903],
+    "hpsv2 tall": [0.109186, 0.202356, 0.257832, 0.119639],
+    # image-reward 1.5; 640 x 427
+    "imagereward": [-0.373085, -0.047387, 0.280459, 0.160174],
+}
+
+
+def clip_tokenizer(folder):
+    """A CLIP tokenizer of single letters; the end token has the highest number, as in the real
+    one."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocab = {t: i for i, t in enumerate(letters + [c + "</w>" for c in letters]
+                                        + ["<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+               "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
+    return vocab
+
+
+def waves(count, size):
+    """Pictures by a formula: smooth, all different, the same under any version of Pillow."""
+    x, y = np.meshgrid(np.arange(size[0]) / 40, np.arange(size[1]) / 40)
+    pictures = []
+    for n in range(1, count + 1):
+        channels = [np.sin(n * x + c) * np.cos(y * (c + 1) - n) for c in range(3)]
+        pictures.append(Image.fromarray((127.5 + 127.5 * np.stack(channels,
+                                                                  -1)).round().astype(np.uint8)))
+    return pictures
+
+
+def open_clip_weights(projection=24):
+    """Random weights with open_clip's and OpenAI's names: a ViT of width 64 in patches of 56, a
+    text model of width 32."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) * (shape[-1] ** -.5 if len(shape) > 1
+                                                          else .3)
+    weights = {"logit_scale": torch.tensor(4.6), "positional_embedding": draw(77, 32),
+               "text_projection": draw(32, projection), "token_embedding.weight": draw(54, 32),
+               "visual.class_embedding": draw(64), "visual.proj": draw(64, projection),
+               "visual.positional_embedding": draw(17, 64),
+               "visual.conv1.weight": draw(64, 3, 56, 56) * .2}
+    norms = {"visual.ln_pre": 64, "visual.ln_post": 64, "ln_final": 32}
+    for prefix, width in (("visual.", 64), ("", 32)):
+        for n in range(2):
+            p = f"{prefix}transformer.resblocks.{n}."
+            norms |= {p + "ln_1": width, p + "ln_2": width}
+            for name, rows, columns in (("attn.in_proj_", 3 * width, width),
+                                        ("attn.out_proj.", width, width),
+                                        ("mlp.c_fc.", 4 * width, width),
+                                        ("mlp.c_proj.", width, 4 * width)):
+                weights |= {p + name + "weight": draw(rows, columns), p + name + "bias": draw(rows)}
+    for name, width in norms.items():
+        weights |= {name + ".weight": 1 + draw(width), name + ".bias": draw(width)}
+    return weights
+
+
+def clip_folder(folder, projection=24, activation="gelu"):
+    """A folder of a small CLIPModel with these weights and its tokenizer, as of a hub."""
+    from transformers import CLIPConfig, CLIPModel
+    config = CLIPConfig(**{**SMALL_CLIP, "projection_dim": projection})
+    config.text_config.hidden_act = config.vision_config.hidden_act = activation
+    weights = hps.from_open_clip(open_clip_weights(projection))
+    CLIPModel.from_pretrained(None, config=config, state_dict=weights).save_pretrained(folder)
+    clip_tokenizer(folder)
+
+
+def behaves(reward, tolerance=1e-5):
+    """What every model reward must do: repeat itself, not care for order or batch size, tell
+    pictures apart."""
+    images = some_images(5, (90, 70)) + [Image.new("RGB", (90, 70))]
+    prompts = ["a cat", "a dog"] * 3
+    (name, part), = reward.parts.items()
+    scores = reward(images, prompts)
+    assert torch.equal(scores, reward(images, prompts))
+    assert torch.allclose(scores.flip(0), reward(images[::-1], prompts[::-1]), atol=tolerance)
+    part.batch_size = 2
+    assert torch.allclose(scores, reward(images, prompts), atol=tolerance)
+    shuffled = np.random.default_rng(0).permutation(np.array(images[0]).reshape(-1, 3)).reshape(70,
+        90, 3)
+    others = reward([images[0], Image.fromarray(shuffled), images[5]], ["a cat"] * 3)
+    assert others.isfinite().all()
+    assert len(set(others.tolist())) == 3
 
 
 def head_weights(width):
@@ -106,7 +216,66 @@ def blip_weights():
 
 
 class TestModels:
-    """HPS, ImageReward and the aesthetic predictor, for small seeded weights."""
+    """CLIP and its descendants, HPS, ImageReward and the aesthetic predictor, for small seeded
+    weights."""
+
+    @pytest.mark.parametrize("size", [(224, 224), (512, 512), (300, 517), (640, 231), (64, 64),
+                                      (225, 224), (100, 37)])
+    def test_clip_pixels(self, size):
+        from transformers import CLIPImageProcessor
+        images = some_images(2, size)
+        judge = CLIPImageProcessor()(images, return_tensors="pt")["pixel_values"]
+        mine = rewards.clip_pixels(images, "cpu")
+        assert mine.shape == judge.shape
+        assert (mine - judge).abs().max() < 1e-6
+        # the tensor path against PIL: at most one level of 255 (two where the picture is enlarged),
+        # seldom
+        level, grows = 1 / 255 / torch.tensor(rewards.CLIP_STD).view(3, 1, 1), min(size) < 224
+        difference = ((rewards.clip_pixels(as_batch(images), "cpu") - mine) / level).abs()
+        assert difference.max() < (2.01 if grows else 1.01)
+        assert (difference > 0.5).float().mean() < (1e-2 if grows else 1e-3)
+
+    def test_centre_crop_of_torchvision(self):
+        """int(round((long - 224) / 2)), by hand, for every long side; a pixel beside the floor of
+        transformers for some."""
+        differs = 0
+        for long in (225, 227, 228, 229, 230, 231, 243, 327, 335):
+            picture = np.zeros((224, long, 3), np.uint8)
+            picture[..., 0] = np.arange(long) % 256
+            first = {}
+            for fit in ("round", "floor"):
+                x = rewards.clip_pixels([Image.fromarray(picture)], "cpu", fit=fit)[0, 0, 0, 0]
+                first[fit] = round(float(x * rewards.CLIP_STD[0] + rewards.CLIP_MEAN[0]) * 255)
+            assert first["round"] == int(round((long - 224) / 2.0))
+            assert first["floor"] == (long - 224) // 2
+            differs += first["round"] != first["floor"]
+        assert differs > 2
+
+    def test_pickscore_and_clip(self, tmp_path):
+        large = some_images(4, (512, 512))
+        for name, size, activation, tolerance in (("pickscore", (640, 427), "gelu", 1e-2),
+                                                  ("clip", (280, 280), "quick_gelu", 5e-4)):
+            clip_folder(tmp_path / name, activation=activation)
+            reward = rewards.load(f"{name}@{tmp_path / name}")
+            assert reward(waves(4, size),
+                          CLIP_PROMPTS).tolist() == pytest.approx(ORIGINAL_SCORES[name], rel=2e-5)
+            # a tensor scores as its saved picture
+            assert torch.allclose(reward(as_batch(large), CLIP_PROMPTS),
+                                  reward(large, CLIP_PROMPTS), atol=tolerance)
+            behaves(reward, 2e-5)
+
+    def test_texts_are_read_once(self, tmp_path):
+        clip_folder(tmp_path)
+        clip, read = rewards.clip_at("clip", rewards.CLIP_L, "cpu", str(tmp_path)), []
+        tokenize = clip.tokenize
+        clip.tokenize = lambda texts: read.extend(texts) or tokenize(texts)
+        first = clip.text(["a cat", "a dog", "a cat"])
+        clip.text(["a dog"])
+        assert read == ["a cat", "a dog"]
+        assert torch.equal(first[0], first[2])
+        clip.known.update(dict.fromkeys(range(4096)))
+        assert torch.allclose(clip.text(["a cat"]), first[:1], atol=1e-6)
+        assert len(clip.known) == 1, "the memory is bounded"
 
     @pytest.mark.parametrize("size", [(300, 200), (85, 320), (224, 224), (96, 96)])
     def test_hpsv2_pixels(self, size):

@@ -2,7 +2,6 @@
 
     python eval.py RUN_OR_LORA ...           tables, win rates, pictures -> RUN/eval/
     python eval.py runs/toy --best-of 16     ... beside picking the best of 16 pictures of the base
-    python eval.py runs/a runs/b --rewards pickscore,aesthetic --prompts my.txt
     python eval.py runs/a --judge "http://host:8000/v1?model=NAME"
     python eval.py runs/toy --generate "a red circle" --generate "three blue squares"
 
@@ -16,7 +15,7 @@ All intervals are 95% percentile intervals of a bootstrap over PROMPTS (2000 res
                         tuned have two right ones each: hard prompts have another diversity
     distance to base    RMS difference of the latents of two pictures of the same noise
     best of N           N candidates of the BASE for each picture, the best by the ranked reward
-The same command twice on a CPU writes the same report.json bit for bit; speeds go to timing.json.
+The same command twice on a CPU writes the same report.json bit for bit.
 """
 import argparse
 import itertools
@@ -106,7 +105,7 @@ def generate(G, prompts, n, seed, at_once):
     together = max(1, at_once // n)
     for first in range(0, len(prompts), together):
         index = range(first, min(first + together, len(prompts)))
-        condition = G.encode([prompts[p] for p in index])
+        condition = G.encode(prompts[first:first + together])
         latents = []
         pictures = []
         for chunk in torch.arange(len(index) * n).split(at_once):
@@ -170,24 +169,17 @@ def checkers(reward):
 
 def verdicts_of(name, part, images, prompts):
     """part.correct on copies of the pictures -> (B,) of 1, 0 and NaN (not judged)."""
-    try:
-        with rewards.world_kept():
-            found = list(part.correct([image.copy() for image in images], list(prompts)))
+    hint = "correct(images, prompts) gives True, False or None for each image"
+    with rewards.reading(f"reward {name!r}", hint), rewards.world_kept():
+        found = list(part.correct([image.copy() for image in images], list(prompts)))
         if len(found) != len(images):
             raise ValueError(f"{len(found)} verdicts for {len(images)} images")
         return torch.tensor([np.nan if one is None else float(bool(one)) for one in found])
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"reward {name!r}: correct(images, prompts) failed ({rewards.one_line(e)});"
-                        " it gives True, False or None for each image") from e
 
 
 def tag_of(part, prompt):
     """The task of a prompt as text; without a tag function all are of one."""
-    if not callable(getattr(part, "tag", None)):
-        return "all"
-    return str(part.tag(prompt))
+    return str(part.tag(prompt)) if callable(getattr(part, "tag", None)) else "all"
 
 
 def best_index(reward, ranked, scores, samples):
@@ -210,9 +202,7 @@ def open_run(path):
              "prediction": metadata.get("prediction", "")}
     if (path / "config.json").is_file():
         saved.update(drpo.read_config(path))
-    saved["file"] = path
-    saved["made_for"] = metadata["drpo_base"]
-    return saved
+    return {**saved, "file": path, "made_for": metadata["drpo_base"]}
 
 
 def load_tuned(G, saved):
@@ -221,11 +211,6 @@ def load_tuned(G, saved):
         raise UserError(f"{saved['file']} was made for the base {saved['made_for']}, not for "
                         f"{G.name}")
     G.load_lora(saved["file"])
-
-
-def file_name(label):
-    """A label as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", label).strip("-")
 
 
 def labels_of(paths):
@@ -251,8 +236,7 @@ def choose_rewards(args, runs):
         weights = {**rewards.parse(spec), **weights}
     ranked = rewards.parse(specs[0])
     if args.rewards:
-        first = next(iter(ranked))
-        ranked = {first: ranked[first]}
+        ranked = dict(list(ranked.items())[:1])
     parts = {name: rewards.build(name, args.device) for name in weights}
     return rewards.Reward(",".join(weights), parts, ranked), list(ranked)
 
@@ -271,7 +255,7 @@ def prepare(args):
     for name in ("samples", "batch", "best_of", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+            raise UserError(f"{drpo.flag(name)} is {value}; expected at least 1")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()
@@ -291,9 +275,7 @@ def prepare(args):
     prompts = evenly(prompts, args.limit or len(prompts))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bf16" if args.device.startswith("cuda") else "fp32"
+    dtype = args.dtype.replace("auto", "bf16" if args.device.startswith("cuda") else "fp32")
     how = {name: runs[0][name] for name in ("unet", "timestep", "prediction")}
     G = drpo.load_generator(model, device=args.device, dtype=drpo.DTYPES[dtype], **how)
     return G, runs, prompts
@@ -323,18 +305,15 @@ def figures(base, other, reward, prompts):
 
 
 def evaluate(args):
-    """Base and every run on the same prompts and noise -> the report, written to args.out as
-    well."""
+    """Base and every run on the same prompts and noise -> the report, also written to args.out."""
     G, runs, prompts = prepare(args)
     reward, ranked = choose_rewards(args, runs)
     args.shown = evenly(range(len(prompts)), 8)
-    speed = {}
     columns = {}
 
     def pictures(label, best_of=1):
         found = Pictures(G, prompts, args.samples * best_of, args, reward)
         count = found.x.shape[0] * found.x.shape[1]
-        speed[label] = {"pictures": count, "seconds": found.seconds}
         print(f"{label}: {count} pictures, {count / found.seconds:.1f} a second", flush=True)
         columns[label] = found
 
@@ -352,7 +331,7 @@ def evaluate(args):
               "ranked": ranked, "rewards": list(reward.parts), "texts": prompts, "columns": {}}
     for label, column in columns.items():
         report["columns"][label] = figures(columns["base"], column, reward, prompts)
-    write_report(args.out, report, speed, columns, args.shown)
+    write_report(args.out, report, columns, args.shown)
     print(f"\n{table(report)}\nwritten: {args.out}/report.json, report.md, grid.png", flush=True)
     if args.judge:  # which may fail, and costs: what is known is on the disk before
         before = [columns["base"].kept[p, 0] for p in range(len(prompts))]
@@ -361,14 +340,13 @@ def evaluate(args):
             said = judge(args.judge, prompts, before, after)
             report["columns"][label]["judge"] = said
             print(f"judge, {label}: win rate against base {number(said['win_rate'], '{:.1%}')}")
-        write_report(args.out, report, speed, columns, args.shown)
+        write_report(args.out, report, columns, args.shown)
     return report
 
 
-def write_report(out, report, speed, columns, shown):
-    """report.json, report.md, timing.json and grid.png."""
+def write_report(out, report, columns, shown):
+    """report.json, report.md and grid.png."""
     write_atomic(out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    write_atomic(out / "timing.json", json.dumps(speed, indent=1).encode())
     write_atomic(out / "report.md", table(report).encode())
     rows = []
     for column in columns.values():
@@ -383,25 +361,22 @@ def write_report(out, report, speed, columns, shown):
 def picture_grid(rows, captions, labels):
     """Rows of PIL pictures under captions (one a column), labels at the left -> one PIL picture."""
     width = rows[0][0].width
-    side = 256 if width >= 256 else width * max(1, 160 // width)  # small ones by a whole factor
+    side = min(256, width * max(1, 160 // width))  # small ones by a whole factor
     font = ImageFont.load_default(13)
-    bold = ImageFont.load_default(14)
     texts = ["\n".join(textwrap.wrap(caption, side // 7)[:4]) for caption in captions]
     labels = ["\n".join(textwrap.wrap(label, 14)) for label in labels]
     top = 14 + 17 * max(text.count("\n") + 1 for text in texts)
-    left = 18 + max(int(bold.getlength(line)) for label in labels for line in label.split("\n"))
+    left = 18 + max(int(font.getlength(line)) for label in labels for line in label.split("\n"))
     size = left + len(captions) * (side + 5), top + len(rows) * (side + 5)
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for column, text in enumerate(texts):  # captions stand on the pictures
         draw.multiline_text((left + column * (side + 5), top - 6), text, "#22262e", font, "ld", 3)
     for y, pictures, label in zip(range(top, size[1], side + 5), rows, labels):
-        draw.multiline_text((8, y + side // 2), label, "#22262e", bold, "lm", 3)
+        draw.multiline_text((8, y + side // 2), label, "#22262e", font, "lm", 3)
         for column, picture in enumerate(pictures):
             method = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            x = left + column * (side + 5)
-            grid.paste(picture.resize((side, side), method), (x, y))
-            draw.rectangle((x, y, x + side - 1, y + side - 1), outline="#d5d8de")
+            grid.paste(picture.resize((side, side), method), (left + column * (side + 5), y))
     return grid
 
 
@@ -409,11 +384,8 @@ def marked(picture, verdict):
     """A picture with a green corner where it is right, a red one where it is wrong."""
     if verdict != verdict:
         return picture
-    scale = max(1, 160 // picture.width)
-    size = picture.width * scale, picture.height * scale
-    picture = picture.resize(size, Image.Resampling.NEAREST)
     right = picture.width - 1
-    corner = picture.width // 10
+    corner = picture.width // 8
     color = "#2a9d4e" if verdict else "#d43d3d"
     ImageDraw.Draw(picture).polygon([(right - corner, 0), (right, 0), (right, corner)], color)
     return picture
@@ -434,9 +406,10 @@ def number(v, style="{:.4g}"):
 def at(value, path):
     """What stands at a path of keys in nested dicts and lists, or None."""
     for key in path:
-        if value is None or isinstance(value, dict) and key not in value:
-            return None
-        value = value[key]
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif value is not None:
+            value = value[key]
     return value
 
 
@@ -482,9 +455,7 @@ def table(report):
 def aligned(lines):
     """Rows of cells, the first of them the head -> a markdown table with columns of equal width."""
     width = [max(map(len, cells)) for cells in zip(*lines)]
-    out = []
-    for line in lines:
-        out.append("| " + " | ".join(map(str.ljust, line, width)) + " |")
+    out = ["| " + " | ".join(map(str.ljust, line, width)) + " |" for line in lines]
     out.insert(1, re.sub("[^|]", "-", out[0]))
     return "\n".join(out) + "\n"
 
@@ -499,9 +470,9 @@ def judge(address, prompts, base, tuned):
     vlm = rewards.build(f"vlm@{address}")
     troubles = []
 
-    def ask(prompt, a, b):  # -> 1 for a, 0 for b, 0.5 for a tie, NaN for no answer
+    def ask(*question):  # -> 1 for the first, 0 for the second, 0.5 for a tie, NaN for no answer
         try:
-            return vlm.first_is_better(prompt, a, b)
+            return vlm.first_is_better(*question)
         except UserError as e:
             troubles.append(e)
             return np.nan
@@ -521,27 +492,23 @@ def judge(address, prompts, base, tuned):
 
 
 def side_by_side(args):
-    """--generate: the same noise through base and every run -> generate.png, and the pictures."""
+    """--generate: the same noise through base and every run -> generate.png."""
     G, runs, prompts = prepare(args)
     each = min(args.samples, 4 if len(prompts) > 1 else 8)
-    (args.out / "generate").mkdir(parents=True, exist_ok=True)
     rows = []
-    names = ["base", *labels_of(args.runs)]
-    for label, saved in zip(names, [None, *runs]):
+    for saved in (None, *runs):
         if saved:
             load_tuned(G, saved)  # before it the generator is the base
         row = []
         for _, _, pictures in generate(G, prompts, each, args.seed, args.batch):
             row += itertools.chain(*pictures)
-        for n, picture in enumerate(row):
-            name = f"{n // each:02d}-{n % each}-{file_name(label)}.png"
-            picture.save(args.out / "generate" / name)
         rows.append(row)
     captions = []
     for prompt in prompts:
         captions += [prompt] + [""] * (each - 1)
-    picture_grid(rows, captions, names).save(args.out / "generate.png")
-    print(f"written: {args.out}/generate.png, and the pictures in {args.out}/generate/")
+    grid = picture_grid(rows, captions, ["base", *labels_of(args.runs)])
+    grid.save(args.out / "generate.png")
+    print(f"written: {args.out}/generate.png")
 
 
 # ===== 6. The command line.

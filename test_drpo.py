@@ -2675,8 +2675,7 @@ class TestEvalPy:
         code, _, _ = eval_main(capsys, toy_runs[1], "--generate", "a red circle", "--generate",
                                "two blue squares", "--samples", 2, "--out", tmp_path)
         assert code == 0
-        assert (tmp_path / "generate.png").exists()
-        assert len(list((tmp_path / "generate").iterdir())) == 8
+        assert Image.open(tmp_path / "generate.png").height > 2 * 64
 
     @pytest.mark.parametrize("argv,words", (
         ("RUN --prompts empty.txt", "empty"), ("RUN --rewards scenne", "scene"),

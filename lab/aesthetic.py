@@ -2,8 +2,7 @@
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+import torch.nn as nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import rewards  # noqa: E402
@@ -26,12 +25,15 @@ def aesthetic(device="cpu", path=None):
     path     the head's file (CLIP from the hub), or a folder with it (also as aesthetic-model.pth)
              and a copy of CLIP
     """
-    names = ("sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth")
-    file, folder = path, None
+    name = "sac+logos+ava1-l14-linearMSE.pth"
+    file = path
+    folder = None
     if path and Path(path).is_dir():
-        there = [Path(path) / name for name in names if (Path(path) / name).exists()]
-        file, folder = there[0] if there else Path(path) / names[0], path
-    with rewards.fetching("aesthetic", names[0], "trl-lib/ddpo-aesthetic-predictor", path):
+        folder = path
+        file = Path(path) / name
+        if not file.exists():
+            file = Path(path) / "aesthetic-model.pth"
+    with rewards.fetching("aesthetic", name, "trl-lib/ddpo-aesthetic-predictor", path):
         head = linear_head(rewards.read_weights(file or rewards.fetch(*AESTHETIC)), "", device)
     model = rewards.clip_at("aesthetic", rewards.CLIP_L, device, folder, "round")
     return rewards.takes_tensors(lambda images, prompts: head(model.image(images)), 256)
@@ -40,14 +42,15 @@ def aesthetic(device="cpu", path=None):
 def linear_head(weights, prefix, device):
     """The heads of the LAION predictor and of ImageReward: linear layers 0, 2, 4, 6, 7 with nothing
     between them (the numbers left out were dropouts) -> function (B, D) -> (B,) in float32."""
-    layers = []
+    layers = nn.Sequential()
     for i in (0, 2, 4, 6, 7):
-        layers.append([weights[f"{prefix}layers.{i}.{kind}"].to(device, torch.float32)
-                       for kind in ("weight", "bias")])
+        weight = weights[f"{prefix}layers.{i}.weight"]
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": weights[f"{prefix}layers.{i}.bias"]})
+        layers.append(layer)
+    layers.to(device).requires_grad_(False)
 
     def head(x):
-        for weight, bias in layers:
-            x = F.linear(x.float(), weight, bias)
-        return x.squeeze(-1)
+        return layers(x.float()).squeeze(-1)
 
     return head

@@ -47,7 +47,8 @@ class Vlm:
             path += "/chat/completions"
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         self.yes = query.get("yes") == "1"
-        self.low, self.high = float(scale[1]), float(scale[2])
+        self.low = float(scale[1])
+        self.high = float(scale[2])
         self.question = ASK_YES if self.yes else RATE
         if "question" in query:
             self.question = rewards.read_text(query["question"])
@@ -117,8 +118,10 @@ class Vlm:
         for name, value in values.items():
             question = question.replace(f"{{{name}}}", value)
         choice = self.post([image_part(image), {"type": "text", "text": question}], self.options)
-        if self.yes:
-            score = math.nan if choice is None else self.probability_of_yes(choice)
+        if choice is None:
+            score = math.nan
+        elif self.yes:
+            score = self.probability_of_yes(choice)
         else:
             score = number_in(text_of(choice), self.low, self.high)
         if math.isnan(score):

@@ -38,7 +38,9 @@ import rewards  # noqa: E402
 from person import Person  # noqa: E402
 from scene import scene  # noqa: E402
 
-from test_drpo import assert_close, in_float64, loop_drift, mean_scale  # noqa: E402
+from test_drpo import (  # noqa: E402, F401
+    assert_close, in_float64, loop_drift, mean_scale, models, pipeline_sample, sample_of, some_noise,
+)
 
 
 def to_images(x):
@@ -451,6 +453,62 @@ class TestPaper:
         assert drpo_row[head.index("pickapic-test: pickscore")] == "23.49"
         assert drpo_row[head.index("parti: imagereward")] == "7.46"
         assert drpo_row[head.index("parti: hpsv2")] == ""
+
+
+class TestOneStepBases:
+    """What the notebook says of Hyper-SD's one-step LoRA and of Lightning."""
+
+    def test_a_one_step_lora_fused_into_its_base(self, models, tmp_path):
+        """Fused by diffusers into a folder, it samples as its own scheduler does at 800; then both
+        LoRAs stack as adapters on the base."""
+        from diffusers import DiffusionPipeline, LCMScheduler
+        from peft import LoraConfig, get_peft_model_state_dict
+        pipe = DiffusionPipeline.from_pretrained(models / "sd")
+        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=[*drpo.LORA_TARGETS]))
+        torch.manual_seed(0)
+        for name, p in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.05)
+        layers = get_peft_model_state_dict(pipe.unet)
+        pipe.save_lora_weights(tmp_path / "hyper", unet_lora_layers=layers)
+        base = DiffusionPipeline.from_pretrained(models / "sd")
+        base.load_lora_weights(tmp_path / "hyper", adapter_name="hyper")
+        base.fuse_lora()
+        base.unload_lora_weights()
+        base.save_pretrained(tmp_path / "fused")
+
+        e = some_noise()
+        G = drpo.load_generator(tmp_path / "fused", timestep=800)
+        G.noise_scale = 1.0  # LCM's; the tiny base's own Euler scheduler, trailing, begins at sigma
+        config = pipe.scheduler.config
+        lcm = LCMScheduler(**{k: v for k, v in config.items() if k.startswith("beta")})
+        pipe.scheduler = lcm
+        want = pipeline_sample(pipe, e, timesteps=[800])
+        assert_close(sample_of(G, e), want.double().numpy(), 5e-5)
+        G.add_lora(2, 2.0)
+        for layer in G.lora.values():
+            torch.nn.init.normal_(layer.up, std=0.05)
+        G.save_lora(tmp_path / "tuned")
+        both = DiffusionPipeline.from_pretrained(models / "sd", scheduler=lcm)
+        both.load_lora_weights(tmp_path / "hyper", adapter_name="hyper")
+        both.load_lora_weights(tmp_path / "tuned", adapter_name="tuned")
+        both.set_adapters(["hyper", "tuned"])
+        want = pipeline_sample(both, e, timesteps=[800])
+        assert_close(sample_of(G, e), want.double().numpy(), 5e-5)
+
+    def test_lightning_predicts_the_sample(self, models):
+        """--prediction sample on a `leading` base is EulerDiscreteScheduler(trailing, sample) up to
+        Euler's scale of the noise."""
+        from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+        pipe = DiffusionPipeline.from_pretrained(models / "sdxl")
+        config, e = pipe.scheduler.config, some_noise()
+        pipe.scheduler = EulerDiscreteScheduler.from_config(
+            config, prediction_type="sample", timestep_spacing="trailing")
+        want = pipeline_sample(pipe, e)
+        pipe.scheduler = EulerDiscreteScheduler.from_config(
+            config, prediction_type="epsilon", timestep_spacing="leading")
+        mine = sample_of(drpo.Generator(pipe, prediction="sample"), e)
+        assert (mine - want).norm() < 0.02 * want.norm()
 
 
 class TestCurve:

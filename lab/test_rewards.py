@@ -388,6 +388,26 @@ class TestModels:
             assert "\n" not in str(caught.value)
 
 
+class TestFiles:
+    """What is written and read."""
+
+    def test_a_full_disk_spoils_nothing(self, tmp_path):
+        """No file may grow above 1,000 bytes: one line, the old file is there, nothing beside
+        it."""
+        import resource
+        (tmp_path / "checkpoint.pt").write_bytes(b"before")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(UserError, match="what was there is intact"):
+                rewards.write_atomic(tmp_path / "checkpoint.pt",
+                                     lambda file: torch.save(torch.zeros(9999), file))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "checkpoint.pt").read_bytes() == b"before"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 # ===== over HTTP
 
 

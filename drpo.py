@@ -1046,10 +1046,6 @@ def optimizer_step(G, optimizer, cfg, stop, world):
     return norm
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]
-
-
 class Stop:
     """Context in which the first SIGINT, SIGTERM or SIGHUP ends a run after the step in hand, the
     second at once. signal: the one that came, or 0, also after the context."""
@@ -1058,15 +1054,11 @@ class Stop:
         self.signal, self.before, self.pid = 0, {}, os.getpid()
 
     def __enter__(self):
-        main = threading.current_thread() is threading.main_thread()
-        for number in SIGNALS if main else ():
-            before = signal.getsignal(number)
-            if before is not signal.SIG_IGN:
-                self.before[number] = before
-            elif number == signal.SIGINT:  # ignored in a background job; others: under nohup
-                self.before[number] = signal.SIG_DFL
-        for number in self.before:
-            signal.signal(number, self.handle)
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+                if signal.getsignal(number) not in (signal.SIG_IGN, self.handle):  # nohup ignores
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -1276,19 +1268,17 @@ class Run:
         print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
 
 
-FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
-           "reward_worst": "worst {:.4g}", "diversity": "diversity {:.0%}",
-           "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "seconds": "{:.2f} s",
-           "peak_gib": "{:.1f} GiB"}
+SHOWN = ("reward_mean", "reward_best", "reward_worst", "diversity", "distance", "grad_norm",
+         "seconds", "peak_gib")
 
 
 def figures_line(metrics, steps):
-    """One readable line of a step's figures."""
-    watched = {name: name[6:] + " {:.4g}" for name in metrics if name.startswith("watch/")}
+    """One line of the figures that say most about a step."""
+    watched = [name for name in metrics if name.startswith("watch/")]
     parts = [f"step {metrics['step']}/{steps}"]
-    for name, text in {**watched, **FIGURES}.items():
+    for name in (*watched, *SHOWN):
         if metrics.get(name) is not None:
-            parts.append(text.format(metrics[name]))
+            parts.append(f"{name} {metrics[name]:.4g}")
     if metrics.get("skipped"):
         parts.append(f"no anchors for {metrics['skipped']:.0%} of the prompts")
     if not metrics["applied"]:
@@ -1326,6 +1316,8 @@ def parse(argv):
 def main(argv=None):
     """python drpo.py ...: what the user can mend ends with one line and exit code 2."""
     stop = Stop()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with rewards.one_line_errors():
         train(parse(argv), stop=stop)
         if dist.is_available() and dist.is_initialized():
@@ -1382,9 +1374,7 @@ def load_pipeline(name, dtype, unet):
     import diffusers
     import transformers
     rewards.quiet_libraries()
-    kind, rest = diffusers.StableDiffusionPipeline, {"safety_checker": None}
-    if is_xl(index):
-        kind, rest = diffusers.StableDiffusionXLPipeline, {}
+    kind = "StableDiffusionXLPipeline" if is_xl(index) else "StableDiffusionPipeline"
     networks = [part for part in NETWORKS if part in index]
     with rewards.reading(path, WAYS_ON):
         folder = path
@@ -1407,8 +1397,8 @@ def load_pipeline(name, dtype, unet):
                 half = names and all(".fp16" in name for name in names)
                 parts[part] = rewards.frozen(cls, folder, exact=True, subfolder=part, dtype=dtype,
                                              variant="fp16" if half else None)
-        pipe = kind.from_pretrained(folder, **parts, **rest, feature_extractor=None,
-                                    image_encoder=None)
+        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        pipe = getattr(diffusers, kind).from_pretrained(folder, **parts, **unused)
         if not hasattr(pipe.scheduler, "alphas_cumprod"):
             raise ValueError(f"a {type(pipe.scheduler).__name__}, which has no noise schedule abar")
         positions = parts["text_encoder"].config.max_position_embeddings

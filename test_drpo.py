@@ -1698,9 +1698,8 @@ class TestARun:
         drpo.train(drpo.parse(command(models, reward="jpeg")), stop=stop)
         assert state_of("run")["step"] == 1
 
-    @pytest.mark.parametrize("env,code", (({}, 130),
-                                          ({"INTERRUPTS_IGNORED": ""}, -signal.SIGINT)))
-    def test_a_second_signal_ends_at_once(self, env, code, models, home):
+    @pytest.mark.parametrize("env", ({}, {"INTERRUPTS_IGNORED": ""}))
+    def test_a_second_signal_ends_at_once(self, env, models, home):
         """While a reward works: the first says a line at once, the second does not wait; the
         checkpoint is intact."""
         argv = command(models, reward="own.py:hangs", steps=9, save_every=1)
@@ -1713,7 +1712,7 @@ class TestARun:
             assert time.monotonic() - begun < 60
             time.sleep(0.05)
         run.kill(signal.SIGINT)
-        assert run.wait() == code, run.err
+        assert run.wait() == 130, run.err
         assert "Traceback" not in run.err
         assert state_of(home / "run")["step"] == 2
 

@@ -25,6 +25,7 @@ sys.path.append(str(HERE.parent))
 import drpo  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rewards  # noqa: E402
+from paper import file_name  # noqa: E402
 from scene import SCENE_COLORS, SCENE_SHAPES, look, parse, scene  # noqa: E402
 
 # ===== rewards that differ from the checker
@@ -412,7 +413,7 @@ def ablate(args):
                 "samples": args.samples,
             }
             job = json.loads(json.dumps(job))  # as it will be read again
-            folder = args.out / f"{evaluation.file_name(label)}-seed{seed}"
+            folder = args.out / f"{file_name(label)}-seed{seed}"
             known = finished(folder, job)
             if known:
                 done.append(known)

@@ -13,6 +13,7 @@ trained on the 553 prompts that it is tested on."""
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,11 @@ REWARDS = {"pickapic-test": "pickscore,aesthetic,imagereward,hpsv2",
            "parti": "pickscore,aesthetic,imagereward,hpsv2"}  # any other set: GenEval's judge
 UNITS = {"imagereward": 10}  # as the page prints it
 SHOWN = ("pickscore", "aesthetic", "imagereward")  # what the page prints, in its order
+
+
+def file_name(label):
+    """A label as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", label).strip("-")
 
 
 def noise(G, seed, number):
@@ -101,7 +107,7 @@ def column(args, label, name, reward):
     """The mean of a reward over prompts and seeds with its interval -> text; "" if unknown."""
     scores = []
     for seed in args.seeds:
-        rows = read_lines(args.out / f"{evaluation.file_name(label)}-{name}-{seed}.jsonl")
+        rows = read_lines(args.out / f"{file_name(label)}-{name}-{seed}.jsonl")
         scores.append([row.get(reward) for row in rows[:args.limit]])
     values = UNITS.get(reward, 1) * np.array(scores, np.float64).T  # (prompts, seeds)
     if values.size == 0 or np.isnan(values).all():
@@ -152,7 +158,7 @@ def paper(args):
             evaluation.load_tuned(G, run)  # before it the generator is the base
         for name in args.sets:
             for seed in args.seeds:
-                file = args.out / f"{evaluation.file_name(label)}-{name}-{seed}.jsonl"
+                file = args.out / f"{file_name(label)}-{name}-{seed}.jsonl"
                 score_set(G, judges[name], prompts[name], seed, file, args.batch)
     text = table(args, labels, args.sets, judges)
     rewards.write_atomic(args.out / "table.md", text)

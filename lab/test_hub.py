@@ -129,10 +129,8 @@ def on_hub(hub, *argv, script="drpo.py", **env):
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
 ONE_STEP_UNETS = [
     ("tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", ["--timestep", "399"]),
-    ("ByteDance/Hyper-SD/Hyper-SDXL-1step-Unet.safetensors", ["--timestep", "800"]),
     ("ByteDance/SDXL-Lightning/sdxl_lightning_1step_unet_x0.safetensors",
-     ["--prediction", "sample"]),
-    ("ChenDY/NitroFusion/nitrosd-realism_unet.safetensors", ["--timestep", "249"])]
+     ["--prediction", "sample"])]
 
 
 class TestAHubInABox:

@@ -271,8 +271,7 @@ for kind in ("cpu", "cuda"):
 
 @contextlib.contextmanager
 def world_kept():
-    """Puts back what the code inside may change for everybody: the working directory, torch's
-    default dtype and device, gradient mode, autocast, precision, threads."""
+    """Puts back those of `GLOBALS` that the code inside changes."""
     before = [read() for read, _ in GLOBALS]
     try:
         yield
@@ -513,8 +512,7 @@ def hub_file(repo, name):
 
 
 def from_hub(repo, choose):
-    """The files of a repository that choose(names) picks; offline, what an earlier start fetched
-    -> folder."""
+    """The files of a repository that choose(names) picks -> folder; offline, earlier ones."""
     import huggingface_hub as hub
     import huggingface_hub.errors  # noqa: F401
     try:
@@ -527,6 +525,8 @@ def from_hub(repo, choose):
         raise
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = choose(list(sizes))
+    if not wanted:
+        raise FileNotFoundError("it holds none of the files that are needed")
     missing = [name for name in wanted
                if not isinstance(hub.try_to_load_from_cache(repo, name, revision=info.sha), str)]
     weights = [name for name in missing if name.endswith((".safetensors", ".bin", ".pt"))]
@@ -663,6 +663,8 @@ CLIP_L = "openai/clip-vit-large-patch14"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @functools.lru_cache
 def constants(channels, device):
     """Three numbers as (3,1,1) on the device; kept there, since sending them makes the GPU wait."""
@@ -670,8 +672,7 @@ def constants(channels, device):
 
 
 def clip_pixels(images, device, size=224, fit="floor"):
-    """list of PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP
-    does.
+    """PIL images or float (B,3,H,W) in [0,1] -> float32 (B,3,size,size), normalised as CLIP does.
 
     fit "floor": the short side becomes `size` and the middle is cut out as in transformers;
     "round": as in torchvision (other by a pixel for some shapes, never for squares); "pad": the
@@ -691,8 +692,7 @@ def clip_pixels(images, device, size=224, fit="floor"):
 
 
 def pad_resize(image, size):
-    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, bicubic,
-    antialiased, not clamped."""
+    """PIL image or (B,3,H,W) in [0,1] -> (b,3,h,w), the long side `size`: float, not clamped."""
     x = as_tensor(image)[None] if isinstance(image, Image.Image) else image.float().clamp(0, 1)
     scale = size / max(x.shape[-2:])  # v * (size / longest) rounds otherwise for 85 x 320
     shape = [round(v * scale) for v in x.shape[-2:]]
@@ -743,8 +743,8 @@ class Clip:
             self.known = {}
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for i in range(0, len(new), 256):
-            # padding comes after the token that is pooled, and attention looks back only: no mask
-            # is needed. One, or a copy that blocks, would make the host wait for the GPU
+            # what is pooled comes before the padding and looks back only: no mask is needed, which
+            # would make the host wait for the GPU, as a copy that blocks does
             tokens = self.tokenize(new[i:i + 256])["input_ids"]
             tokens = tokens.to(self.model.device, non_blocking=True)
             pooled = self.model.text_model(input_ids=tokens).pooler_output

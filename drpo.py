@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import math
@@ -47,7 +46,6 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -373,16 +371,16 @@ def mae_encoder(w, x):
 
     h = F.relu(norm("gn1", conv("conv1", x)))
     for stage in range(4):  # the file counts its stages from 0, its norms from 1
-        for block in itertools.count():
+        block = 0
+        while f"stages_{stage}.layers_{block}.conv1.weight" in w:
             name = f"stages_{stage}.layers_{block}"
-            if f"{name}.conv1.weight" not in w:
-                break
             stride = 2 if stage > 0 and block == 0 else 1
             y = F.relu(norm(f"{name}.gn1", conv(f"{name}.conv1", h, stride)))
             y = norm(f"{name}.gn2", conv(f"{name}.conv2", y))
             if f"{name}.proj_conv.weight" in w:
                 h = norm(f"{name}.proj_gn", conv(f"{name}.proj_conv", h, stride))
             h = F.relu(h + y)
+            block += 1
         h = norm(f"layer{stage + 1}_norm", h)
     return h
 
@@ -1028,15 +1026,13 @@ def optimizer_step(G, optimizer, cfg, stop, world):
     is not applied. If one process is to stop, all stop together."""
     parameters = G.parameters()
     if world > 1:
-        stopping = torch.full((1,), float(stop.signal), device=G.device)
-        tensors = [*(p.grad for p in parameters), stopping]
-        flat = nn.utils.parameters_to_vector(tensors) / world
+        stopping = torch.tensor(float(stop.signal), device=G.device)
         try:
-            dist.all_reduce(flat)
+            for tensor in (*(p.grad for p in parameters), stopping):
+                dist.all_reduce(tensor.div_(world))
         except RuntimeError as e:
             raise UserError(f"another process ended, so this one stops ({one_line(e)})") from e
-        nn.utils.vector_to_parameters(flat, tensors)
-        stop.signal = signal.SIGTERM if flat[-1] else 0
+        stop.signal = signal.SIGTERM if stopping else 0
     G.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
     if math.isfinite(norm):
@@ -1054,7 +1050,7 @@ class Stop:
         self.signal, self.before, self.pid = 0, {}, os.getpid()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # not the main thread: signals are another's
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
                 if signal.getsignal(number) not in (signal.SIG_IGN, self.handle):  # nohup ignores
@@ -1268,17 +1264,19 @@ class Run:
         print(f"done: {self.path}\n{samples}compare with the base: python eval.py {self.path}")
 
 
-SHOWN = ("reward_mean", "reward_best", "reward_worst", "diversity", "distance", "grad_norm",
-         "seconds", "peak_gib")
+FIGURES = {"reward_mean": "reward {:.4g}", "reward_best": "best {:.4g}",
+           "reward_worst": "worst {:.4g}", "diversity": "diversity {:.0%}",
+           "distance": "distance {:.3g}", "grad_norm": "grad {:.3g}", "seconds": "{:.2f} s",
+           "peak_gib": "{:.1f} GiB"}
 
 
 def figures_line(metrics, steps):
-    """One line of the figures that say most about a step."""
-    watched = [name for name in metrics if name.startswith("watch/")]
+    """One readable line of a step's figures."""
+    watched = {name: name[6:] + " {:.4g}" for name in metrics if name.startswith("watch/")}
     parts = [f"step {metrics['step']}/{steps}"]
-    for name in (*watched, *SHOWN):
+    for name, text in {**watched, **FIGURES}.items():
         if metrics.get(name) is not None:
-            parts.append(f"{name} {metrics[name]:.4g}")
+            parts.append(text.format(metrics[name]))
     if metrics.get("skipped"):
         parts.append(f"no anchors for {metrics['skipped']:.0%} of the prompts")
     if not metrics["applied"]:

@@ -932,8 +932,7 @@ def in_types(values):
 
 
 def resolved(cfg):
-    """The settings in their types, paths absolute. UserError: what contradicts itself or names
-    nothing, before anything is loaded."""
+    """Settings in their types, paths absolute. UserError, before anything is loaded."""
     values = in_types(vars(cfg))
     for name in ("out", "resume", "pairs", "model", "unet", "prompts"):
         path = rewards.absolute(values[name])
@@ -1062,8 +1061,7 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        """Remembers the first; from then on, and in a forked child of a reward, a signal does what
-        it did before this run."""
+        """Remembers the first; then, and in a reward's forked child, signals do what they did."""
         self.__exit__()
         if os.getpid() != self.pid:
             os.kill(os.getpid(), number)
@@ -1090,8 +1088,7 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, reward):
-        """The folder is this run's alone. However it ends, what it reached is kept, and an error
-        says at which step."""
+        """The folder is this run's alone; however it ends, what it reached is kept."""
         try:
             self.begin(reward)
             yield
@@ -1133,8 +1130,7 @@ class Run:
               f"{weights:,} trainable weights; {G.dtype} on {G.device}", flush=True)
 
     def claim(self):
-        """Makes --out, or the next default name that is free, and locks the folder for this process
-        as long as it lives."""
+        """Makes --out, or a default name that is free, and locks it while this process lives."""
         cfg = self.cfg
         what = "pairs" if cfg.pairs else Path(cfg.reward.partition(":")[0]).stem
         name = f"{Path(cfg.model).name}-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1220,8 +1216,7 @@ class Run:
         grid.save(self.path / "samples" / f"step-{self.step:06d}.png")
 
     def save(self):
-        """checkpoint.pt, all that --resume needs, and the LoRA in the formats of others; once a
-        step."""
+        """Once a step: checkpoint.pt, all that --resume needs, and the LoRA as others read it."""
         if not self.writes or self.saved == self.step:
             return
         cfg = self.cfg
@@ -1342,8 +1337,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def model_index(name):
-    """model_index.json of a name of `MODELS`, a diffusers folder or a hub id. UserError: no such
-    model, gated, or one that does not work here."""
+    """model_index.json of a name of `MODELS`, a folder or a hub id. UserError: none that works."""
     path = MODELS.get(name, str(name))
     if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         pick("model", path, MODELS, "or a local diffusers folder, or a hub id owner/name")
@@ -1365,8 +1359,7 @@ def is_xl(index):
 
 
 def load_pipeline(name, dtype, unet):
-    """The pipeline of `load_generator`, on the CPU, network by network. UserError: what cannot be
-    had, is not read whole, or is not implemented."""
+    """The pipeline of `load_generator` on the CPU. UserError: not read whole, not implemented."""
     path = MODELS.get(name, str(name))
     index = model_index(name)
     import diffusers

@@ -847,7 +847,7 @@ def fitting_micro_batch(G, phi, batch):
         return min(P * K, max(64, K))
     before = torch.cuda.memory_allocated()
     graph = generate(G, phi, batch, 0, 1)
-    of_one = torch.cuda.memory_allocated() - before + 1
+    of_one = max(1, torch.cuda.memory_allocated() - before)
     del graph
     torch.cuda.empty_cache()
     micro = int(0.8 * torch.cuda.mem_get_info()[0] / of_one)

@@ -264,9 +264,8 @@ GLOBALS = [  # (read, set) of what a reward could change for everybody
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_device, torch.set_default_device)]
-for kind in ("cpu", "cuda"):
-    GLOBALS.append((functools.partial(torch.is_autocast_enabled, kind),
-                    functools.partial(torch.set_autocast_enabled, kind)))
+GLOBALS += [(functools.partial(torch.is_autocast_enabled, kind),
+             functools.partial(torch.set_autocast_enabled, kind)) for kind in ("cpu", "cuda")]
 
 
 @contextlib.contextmanager

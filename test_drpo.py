@@ -681,14 +681,11 @@ class TestReadTheseFirst:
         captions, scene_reward = rewards.load_prompts("scenes-test")[::2], rewards.load("scene")
         G, found = drpo.load_generator("toy"), {}
         found["base"] = toy_score(G, captions, scene_reward)
-        worse = f"{HERE / 'lab' / 'ablate.py'}:scene_reversed"
-        small = ("--model toy --batch 4 --candidates 16 --anchors 4 --lr 3e-3 --average 0 "
-                 "--preview-every 0 --device cpu").split()
-        for name, reward, steps in (("tuned", "scene", "30"), ("reversed", worse, "9")):
-            done = subprocess.run([sys.executable, str(HERE / "drpo.py"), *small, "--steps", steps,
-                                   "--reward", reward, "--out", str(tmp_path / name)],
-                                  capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+        reversed_reward = f"{HERE / 'lab' / 'ablate.py'}:scene_reversed"
+        for name, reward, steps in (("tuned", "scene", 30), ("reversed", reversed_reward, 9)):
+            drpo.train(drpo.Config.preset(
+                "toy", reward=reward, steps=steps, batch=4, candidates=16, anchors=4, lr=3e-3,
+                average=0.0, preview_every=0, device="cpu", out=tmp_path / name))
             G.load_lora(tmp_path / name)
             found[name] = toy_score(G, captions, scene_reward)
         assert found["tuned"] - found["base"] > 0.03, found

@@ -1050,9 +1050,9 @@ class Stop:
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not the main thread: signals are another's
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
-                if signal.getsignal(number) not in (signal.SIG_IGN, self.handle):  # nohup ignores
+            names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+            for number in {getattr(signal, name, signal.SIGINT) for name in names}:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it is
                     self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -1061,7 +1061,7 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        """Remembers the first; then, and in a reward's forked child, signals do what they did."""
+        """Remembers the first. The second acts as before the run, so any in a forked child."""
         self.__exit__()
         if os.getpid() != self.pid:
             os.kill(os.getpid(), number)
@@ -1088,7 +1088,7 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, reward):
-        """The folder is this run's alone; however it ends, what it reached is kept."""
+        """The folder is this run's alone; however it ends, what it reached is kept and told."""
         try:
             self.begin(reward)
             yield

@@ -32,8 +32,8 @@ sees.
     python rewards.py score NAME --prompt "a red cube" image.png ...
     python rewards.py serve NAME [--port 8000] [--host 127.0.0.1]
 
-Environment: REWARD_TOKEN (of served rewards, both ends), REWARD_PATIENCE (seconds that a client
-goes on trying, 600), REWARD_TIMEOUT (seconds for an answer, 300), VLM_TOKEN or OPENAI_API_KEY.
+Environment: REWARD_TOKEN (of served rewards, both ends), VLM_TOKEN or OPENAI_API_KEY (the judge's),
+REWARD_PATIENCE (seconds that a client goes on trying, 600), REWARD_TIMEOUT (for an answer, 300).
 """
 import argparse
 import base64
@@ -194,7 +194,7 @@ def build(name, device="cpu"):
         return user_reward(name)
     if name.endswith(".py"):
         raise UserError(f"reward {name!r}: name what it holds, {name}:function")
-    return pick("reward", known, REWARDS, "for all: python rewards.py list")
+    pick("reward", known, REWARDS, "for all: python rewards.py list")  # it is none: UserError
 
 
 def imported(kind, name):
@@ -511,7 +511,7 @@ def hub_file(repo, name):
 
 
 def from_hub(repo, choose):
-    """The files of a repository that choose(names) picks -> folder; offline, earlier ones."""
+    """What choose(names) picks of a repository -> folder; offline, what an earlier start did."""
     import huggingface_hub as hub
     import huggingface_hub.errors  # noqa: F401
     try:
@@ -979,7 +979,7 @@ def load_prompts(spec):
         return source
     path = fetch(*source) if isinstance(source, tuple) else Path(source)
     if not path.exists() or path.is_dir():
-        pick("prompts", str(spec), PROMPTS, "no such file either")
+        pick("prompts", str(spec), PROMPTS, "no such file either")  # a UserError
     text = read_text(path)
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):

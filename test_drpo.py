@@ -424,7 +424,8 @@ class RunProcess:
         if not RunProcess.server:
             RunProcess.server = multiprocessing.get_context("forkserver")
             RunProcess.server.set_forkserver_preload(
-                ["drpo", "eval", "pytest", "torch._dynamo", "transformers.models.clip.modeling_clip",
+                ["drpo", "eval", "pytest", "torch._dynamo",
+                 "transformers.models.clip.modeling_clip",
                  "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
                  "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"])
         self.stream = str(Path(cwd) / f"stream{random.randrange(10 ** 12)}")

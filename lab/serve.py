@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"scores": [None if math.isnan(score) else score for score in scores]}
 
 
-def server(reward, host="127.0.0.1", port=8000, token=None):
+def server(reward, host, port, token=None):
     """A bound HTTP server for a Reward, which answers in the thread that calls serve_forever().
 
     UserError: several parts, which are z-scored over a prompt's candidates, at the client."""

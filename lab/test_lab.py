@@ -39,7 +39,8 @@ from person import Person  # noqa: E402
 from scene import scene  # noqa: E402
 
 from test_drpo import (  # noqa: E402, F401
-    assert_close, in_float64, loop_drift, mean_scale, models, pipeline_sample, sample_of, some_noise,
+    assert_close, in_float64, loop_drift, mean_scale, models, pipeline_sample, sample_of,
+    some_noise,
 )
 
 

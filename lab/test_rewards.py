@@ -427,7 +427,7 @@ def running(bound):
 @contextmanager
 def serving(reward, **options):
     """A server in a thread -> it and its URL."""
-    bound = serve.server(reward, port=0, **options)
+    bound = serve.server(reward, "127.0.0.1", 0, **options)
     with running(bound) as served:
         yield served
 
@@ -1112,7 +1112,11 @@ def pil_224(images):
     return (torch.from_numpy(np.array(out)) - mean) / std
 
 
-def vit_maps(h):
+def vit_maps(layers, h):
+    """The maps of embeddings h after twelve of the layers, in float64."""
+    for layer in layers[:12]:
+        h = layer(h)
+        h = h[0] if isinstance(h, tuple) else h
     h = h.double().numpy()
     return [h[:, 1:].mean(1), np.sqrt(h[:, 1:].var(1) + 1e-6), h[:, 0]]
 
@@ -1139,11 +1143,9 @@ class TestVit:
             h = h.flatten(2).mT + emb.position_embeddings[:, 1:]
             h = torch.cat([(emb.cls_token + emb.position_embeddings[:, :1]).expand(2, -1, -1), h],
                           1)
-            for layer in net.encoder.layer[:12] if hasattr(net, "encoder") else net.layers[:12]:
-                h = layer(h)
-                h = h[0] if isinstance(h, tuple) else h
+            layers = net.encoder.layer if hasattr(net, "encoder") else net.layers
             got = phi(x, None)
-            compare_maps(got, vit_maps(h), 1e-3)
+            compare_maps(got, vit_maps(layers, h), 1e-3)
             torch.manual_seed(99)  # another order of the patches
             for a, b in zip(got, phi(x, None)):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -1158,8 +1160,5 @@ class TestVit:
         G, x = open_model(models / "sd"), 2 * some_noise(2)
         with torch.no_grad():
             h = net.embeddings(pil_224(G.decode(x)))
-            for layer in list(net.encoder.layer)[:12]:
-                h = layer(h)
-                h = h[0] if isinstance(h, tuple) else h
             phi = drpo.load_features(f"{VIT}:dino@{tmp_path}", G)
-            compare_maps(phi(x, None), vit_maps(h), 1e-3)
+            compare_maps(phi(x, None), vit_maps(net.encoder.layer, h), 1e-3)
